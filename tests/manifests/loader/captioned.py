@@ -80,6 +80,7 @@ def _caption(uid: str | None, number: int, name: str, model: str, fails: Callabl
 
 
 def loaded(dataset: ImageCaptions, workers: int = 0, batch_size: int = 3, **options: Any) -> DataLoader[Any]:
+
     return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list, **options)
 
 

@@ -200,8 +200,10 @@ def fill(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", [cut, flip, fill, Path.unlink])
+@pytest.mark.parametrize(
+    ("damage", "workers"),  # after an error torch waits five seconds for each worker
+    [(cut, 0), (flip, 0), (fill, 0), (Path.unlink, 0), (cut, 1)],
+)
 def test_a_damaged_tar(damage: Callable[[Path], None], workers: int, own: Captioned) -> None:
     dataset = opened(own)
     damage(own.shards / "00001.tar")

@@ -168,7 +168,7 @@ def test_a_state_of_other_options(options: dict[str, Any], problem: str, data: C
         resumed(data, state, **options)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_state_of_other_workers(workers: int, data: Captioned) -> None:
     dataset = opened(data)
     first_batch(dataset)
