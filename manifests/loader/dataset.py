@@ -91,6 +91,6 @@ class ImageCaptions(IterableDataset[dict[str, Any]]):
         Images are `datasets.Image`, ``json`` is text. Its own ``state_dict`` resumes it; its readers split the shards
         by DataLoader worker. Do not split it by node: this is one rank's share.
         """
-        from .features import as_datasets
+        from .huggingface import as_datasets
 
         return as_datasets(self._plan, self.epoch, streams)

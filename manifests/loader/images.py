@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ...errors import BadInput
 
@@ -42,9 +42,18 @@ def pil(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image) if _is_turned(image) else image  # which copies in any case
+            return upright.convert("RGB")
     except _ERRORS as error:
         raise Undecodable(str(error) or type(error).__name__) from None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """True if EXIF says that an image is to be turned. Damaged EXIF says nothing about its pixels."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except (*_ERRORS, LookupError, TypeError, AttributeError):
+        return False
 
 
 def array(data: bytes) -> npt.NDArray[np.uint8]:

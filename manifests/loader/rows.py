@@ -126,8 +126,14 @@ def _selected(
     if query.where is not None:
         kept &= query.where.mask(pa.table({name: tables[query.places[name]][name] for name in query.conditions}))
     selected = kept & present(list(captions.values()))
-    numbers = [size - int(usable.sum()), int(usable.sum() - kept.sum()), int(kept.sum() - selected.sum())]
-    return captions, selected, RowCounts(size, *numbers, int(selected.sum()))
+    counts = RowCounts(
+        rows=size,
+        left_out=size - int(usable.sum()),
+        filtered=int(usable.sum() - kept.sum()),
+        without_caption=int(kept.sum() - selected.sum()),
+        selected=int(selected.sum()),
+    )
+    return captions, selected, counts
 
 
 def _mask(column: pa.ChunkedArray) -> Mask:

@@ -16,6 +16,7 @@ from PIL import Image
 import capipe
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.loader.dataset import ImageCaptions
+from capipe.manifests.loader.images import array
 from capipe.manifests.loader.order import Tail
 from capipe.manifests.loader.rows import RowCounts
 from capipe.manifests.shards import RowReader, expand
@@ -282,3 +283,9 @@ def test_where_files_lie_decides_nothing(data: Captioned, tmp_path: Path) -> Non
     theirs.load_state_dict(mine.state_dict(delivered=5))
     assert [each["key"] for each in mine][5:] == [each["key"] for each in theirs]
     assert Artifact.open(str(copy.captions)).stage == "annotate"
+
+
+def test_damaged_exif_turns_nothing() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(out, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert array(out.getvalue()).shape == (40, 60, 3)
