@@ -257,6 +257,8 @@ def unsafe_name(name: str) -> str | None:
 
 def printable(text: str) -> str:
     """``text`` with everything that is not printable UTF-8 escaped: safe for a log, a Parquet cell or a terminal."""
+    if text.isprintable():  # which surrogates are not
+        return text
     return "".join(c if c.isprintable() and not "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 
