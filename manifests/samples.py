@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from .files.compressed import Digest
-from .files.tar import Member, scan, without_controls
+from .files.tar import Member, Wanted, scan, without_controls
 from .status import Status
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif", "ppm")
@@ -80,9 +80,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read_samples(
-    stream: BinaryIO, *, read_data: bool = True, digest: Digest | None = None, max_samples: int | None = None
+    stream: BinaryIO, *, read_data: Wanted = True, digest: Digest | None = None, max_samples: int | None = None
 ) -> Iterator[Sample]:
-    """Every sample of a tar, in order, with unique keys. ``digest`` gets the whole file. Never raises on content."""
+    """Every sample of a tar, in order, with unique keys; ``read_data`` and ``digest`` as :func:`.files.tar.scan`.
+
+    Never raises on content.
+    """
     seen: set[bytes] = set()
     for count, sample in enumerate(_group(scan(stream, read_data=read_data, digest=digest))):
         if max_samples is not None and count >= max_samples:

@@ -160,6 +160,14 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
     Raises BadInput if an artifact lacks a shard, ArtifactMismatch if one has another number of rows or the first begins
     with another image; the other rows are compared when they are read.
     """
+    joined = with_companions(shards, artifacts)
+    for shard in joined[:1] if artifacts else ():
+        _refuse_other_images(shard)
+    return joined
+
+
+def with_companions(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[InputShard]:
+    """:func:`join` by manifests alone: nothing is opened, so no row is compared yet."""
     joined = []
     sidecars = {name: companions_of(name, artifact) for name, artifact in artifacts.items()}
     for shard in shards:
@@ -176,8 +184,6 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
                 raise ArtifactMismatch(f"{text}; it was not made of these shards: give --shards those it was made of")
             companions.append(companion)
         joined.append(replace(shard, companions=tuple(companions)))
-    for shard in joined[:1] if artifacts else ():
-        _refuse_other_images(shard)
     return joined
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -20,6 +20,8 @@ BLOCK = 512
 MAX_HEADER_DATA = 1 << 20  # of an extended header (long name, pax records); real ones have a few hundred bytes
 MAX_MEMBER_BYTES = 512 << 20
 MAX_NAME = 1024
+
+Wanted = bool | Callable[[str], bool]  # members whose bytes are read: all, none, or by their name
 
 _ZERO_BLOCK = bytes(BLOCK)
 _SKIP_CHUNK = 1 << 20
@@ -99,10 +101,11 @@ class _Forward:
         return size - left
 
 
-def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = None) -> Iterator[Member]:
+def scan(stream: BinaryIO, *, read_data: Wanted = False, digest: Digest | None = None) -> Iterator[Member]:
     """Every entry of the tar in ``stream``, compressed or not, in order; directories are skipped.
 
-    With ``read_data`` each valid member has its bytes. ``digest`` gets every byte of the file, to its end.
+    With ``read_data`` valid members have their bytes: all, or those whose names it is true of; others are skipped.
+    ``digest`` gets every byte of the file, to its end.
     After a bad header the scan continues at the next valid header block; the skipped part is one problem.
     """
     source = _Forward(stream, digest)
@@ -204,7 +207,7 @@ def _read_override(source: _Forward, info: tarfile.TarInfo, overrides: dict[str,
     return None
 
 
-def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], read_data: bool) -> Member:
+def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], read_data: Wanted) -> Member:
     """The member whose header was just read; leaves the source at the next header."""
     name, size = overrides.get(_SPARSE_NAME.decode(), overrides.get("path", info.name)), info.size
     if "size" in overrides:
@@ -224,7 +227,7 @@ def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], re
         problem = f"member {shown!r} is a sparse member: pack it without --sparse"
     if problem is None and size > MAX_MEMBER_BYTES:
         problem = f"member {shown!r} has {size} bytes, over the limit of {MAX_MEMBER_BYTES}"
-    if problem is not None or not read_data:
+    if problem is not None or not (read_data(name) if callable(read_data) else read_data):
         if source.skip(_padded(size)) < size:
             return Member(shown, offset, size, f"the tar ends inside member {shown!r}", damaged=True)
         return Member(shown if problem else name, offset, size, problem)
@@ -254,6 +257,8 @@ def unsafe_name(name: str) -> str | None:
 
 def printable(text: str) -> str:
     """``text`` with everything that is not printable UTF-8 escaped: safe for a log, a Parquet cell or a terminal."""
+    if text.isprintable():  # which surrogates are not
+        return text
     return "".join(c if c.isprintable() and not "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 

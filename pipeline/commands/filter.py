@@ -117,7 +117,7 @@ def check(options: FilterOptions) -> None:
 
     With --scores, an unknown column may be one of theirs: it is refused when they are opened.
     """
-    from ...stages.filter.expression import UnknownColumn
+    from ...manifests.expressions.parser import UnknownColumn
 
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
@@ -226,7 +226,7 @@ def plan_scores(options: FilterOptions, out: str, columns: Mapping[str, str] = E
 
     Opens artifacts and tables, and loads no model. ``columns``: those that this run will join, with their types.
     """
-    from ...stages.filter.expression import names_in
+    from ...manifests.expressions.parser import names_in
     from ...stages.filter.joined import scored_columns
     from ..jobs.joined.sources import choose, joined_names, open_sources, refuse_other_captions
 

@@ -16,8 +16,8 @@ from ...manifests.artifact import Artifact
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.files.compressed import tar_stem
 from ...manifests.files.tar import unsafe_name
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
-from ...stages.filter.index import is_index
 from ..specs import artifact_spec
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from ...errors import CapipeError
 from ...manifests import verify as verification
 from ...manifests.artifact import Artifact
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...manifests.verify import VerifyReport
 from ...manifests.withdrawal.absent import AbsentReport, prove_absent
@@ -20,7 +21,7 @@ from ...stages.export.lance import version
 from ...stages.export.lance.captions import APPENDED, full_schema
 from ...stages.export.lance.schema import FORMAT as LANCE
 from ...stages.export.source import committed_listing, ok_rows
-from ...stages.filter.index import indexed_samples, is_index
+from ...stages.filter.index import indexed_samples
 from ..specs import ARTIFACTS
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
@@ -31,7 +32,6 @@ from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
-from ...stages.filter.index import is_index
 from ..runners.messages import Event
 from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job

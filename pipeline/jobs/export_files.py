@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import PRIVATE, read_parquet
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...stages import last_files
 from ...stages.export import energon
@@ -37,7 +38,6 @@ from ...stages.export.source import PARTS
 from ...stages.export.webdataset import SIZES
 from ...stages.export.write import TAR_BYTES
 from ...stages.export.writer import LooseWriter, ShardWriter, part_file
-from ...stages.filter.index import is_index
 
 CARD = "README.md"
 

@@ -19,13 +19,13 @@ from rich.filesize import decimal
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.expressions.parser import kind_of, shown_value
 from ...manifests.files.stores import filesystem
 from ...manifests.joining.companion import Companion
 from ...manifests.manifest import ShardRecord
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
-from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.joined import Source
 from ...stages.filter.select import (
     MARK_TYPES,

@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from ...manifests.artifact import Artifact
+from ...manifests.expressions.parser import shown_value
 from ...manifests.files.compressed import plain
 from ...manifests.samples import read_samples
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...models.scorers.sentences import split_sentences
-from ...stages.filter.expression import shown_value
 from ...stages.filter.select import Rule
 from ..inspect.histograms import SERIES, histograms
 from .charts import histogram_chart

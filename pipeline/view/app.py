@@ -12,8 +12,8 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from ...errors import BadInput, CapipeError
+from ...manifests.expressions.parser import kind_of
 from ...manifests.sidecars import jsonable
-from ...stages.filter.expression import kind_of
 from .library import Library
 from .queries import Finder, Page
 from .queries import Query as Asked

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import BadInput
-from ...stages.filter.expression import kind_of, shown_value
+from ...manifests.expressions.parser import kind_of, shown_value
 from ..inspect.images import Cache
 from .table import Rows, Table, Unreadable
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
+from ...manifests.expressions.parser import Expression, parse
 from ...manifests.sidecars import jsonable
-from ...stages.filter.expression import Expression, parse
 from ..inspect.images import Cache
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..specs import artifact_spec

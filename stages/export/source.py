@@ -18,11 +18,12 @@ from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import expecting, parquet_file, parquet_of
 from ...manifests.files.tar import scan
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...manifests.samples import Sample, read_samples
 from ...manifests.status import Status
 from ..annotate.captioner import chosen_caption
-from ..filter.index import indexed_extensions, indexed_samples, is_index
+from ..filter.index import indexed_extensions, indexed_samples
 
 PARTS = "_capipe/parts"  # per-shard parts of the files that span all shards
 

@@ -21,12 +21,12 @@ from ...manifests.configuration import Growing
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import open_parquet
 from ...manifests.files.tar import written_size
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...manifests.transaction import ROW_GROUP, shard_stats
 from ...manifests.withdrawal.applied import applied
 from ...manifests.withdrawal.rows import without
 from ...manifests.withdrawal.uid_set import UidSet
-from ..filter.index import is_index
 from .formats import writer_class
 from .plan import ExportTask, Piece
 from .source import Pair, column_of, committed_listing, copy, listing, pairs

@@ -20,24 +20,18 @@ from ...errors import ArtifactMismatch, DamagedShard
 from ...manifests.artifact import Artifact
 from ...manifests.files.allowed import Allowed, open_place, split
 from ...manifests.files.compressed import plain
-from ...manifests.files.outside import Refused
 from ...manifests.files.storage import parquet_of
 from ...manifests.files.tar import Member
+from ...manifests.joining.index_tars import tar_location
 from ...manifests.manifest import ShardRecord
 from ...manifests.samples import Sample, read_samples
 from ...manifests.shards import OPEN, ROWS, InputShard, Row, to_row
 from ...manifests.sidecars import MAX_BYTES, MAX_OWN_BYTES
 from ...manifests.status import Status
 from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
-from .select import STAGE, members
+from .select import members
 
 Numbered = tuple[int, Mapping[str, Any]]  # a row with its number in its shard
-
-
-def is_index(artifact: Artifact) -> bool:
-    """True if an artifact is a selection without tars."""
-    options = artifact.config["semantic"].get("select")
-    return artifact.stage == STAGE and isinstance(options, dict) and options.get("index") is True
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -117,7 +111,7 @@ def _by_tar(record: ShardRecord, rows: Iterator[Numbered]) -> Iterator[tuple[Map
 def _of_tar(
     index: Artifact, entry: Mapping[str, Any], rows: Iterator[Numbered], allowed: Allowed
 ) -> Iterator[tuple[int, Mapping[str, Any], Sample]]:
-    location, digest = _location(index, entry, allowed), hashlib.sha256()
+    location, digest = tar_location(index.url, entry["url"], allowed), hashlib.sha256()
     most = MAX_OWN_BYTES if ROWS in entry else MAX_BYTES
     with open_place(location) as stream:
         wanted = next(rows, None)
@@ -134,22 +128,6 @@ def _of_tar(
         raise _changed(index, location, f"it has no {wanted[1]['source_key']!r}")
     if digest.hexdigest() != entry["digest"]:
         raise _changed(index, location, "its bytes are others")
-
-
-def _location(index: Artifact, entry: Mapping[str, Any], allowed: Allowed) -> str:
-    """Where an entry's tar is: at the place in the manifest, or in a folder that the user named."""
-    try:
-        location = allowed.place(entry["url"])
-        for place in (location, *allowed.elsewhere(location)):
-            try:
-                with open_place(place):
-                    return place
-            except OSError as error:
-                missing = error
-    except Refused as error:
-        raise ArtifactMismatch(f"{index.url}: an index over tars elsewhere: {error}") from None
-    text = f"{location}: cannot be read ({missing}), and {index.url} is an index over it"
-    raise ArtifactMismatch(f"{text}; restore it, or name its folder by --images")
 
 
 def _changed(index: Artifact, where: str, how: str) -> ArtifactMismatch:
@@ -175,7 +153,7 @@ def indexed_extensions(
     """
     extensions: set[str] = set()
     for entry, group in _by_tar(record, rows):
-        location = _location(index, entry, Allowed(index.url, tuple(images)))
+        location = tar_location(index.url, entry["url"], Allowed(index.url, tuple(images)))
         keys = {row["source_key"] for _, row in group}
         formats = _listed_formats(index, entry, location, keys)
         extensions |= _seen_formats(location, keys) if formats is None else formats

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...manifests.expressions.conditions import Mask
 from ...manifests.shards import Row
 from ...manifests.status import Status
-from .conditions import Mask
 
 MARKS = "marks"  # name of the marks in a row's ``beside``
 #: Statuses that rows have by marks alone, not by a fault of their image or of a model.

@@ -22,14 +22,22 @@ from pydantic import ConfigDict, Field, model_validator
 
 from ...errors import BadInput
 from ...manifests.configuration import Growing
+from ...manifests.expressions.conditions import Mask
+from ...manifests.expressions.parser import (
+    Expression,
+    UnknownColumn,
+    kind_of,
+    parse,
+    shortest,
+    shown_value,
+    unknown_column,
+)
 from ...manifests.joining.columns import TYPES as JOINED_TYPES
 from ...manifests.schema import DEDUP, SCORE, SELECT, TEXT_MARKS
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
 from ...models.images.formats import Header, read_header
-from .conditions import Mask
-from .expression import Expression, UnknownColumn, kind_of, parse, shortest, shown_value, unknown_column
 from .joined import SHARED, joined_aliases
 from .marked import marked_status, standing
 
@@ -63,7 +71,7 @@ class SelectConfig(Growing):
     later = ("index", "columns")
 
     keep: str | None = Field(
-        None, description="condition over the columns of scores and marks; see stages/filter/expression.py"
+        None, description="condition over the columns of scores and marks; see manifests/expressions/parser.py"
     )
     top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
     by: str = Field("clip_score", description="column by which `top` ranks")

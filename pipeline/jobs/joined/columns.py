@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ....errors import ArtifactMismatch, BadInput
+from ....manifests.expressions.conditions import Mask
 from ....manifests.files.store_errors import StoreUnavailable
 from ....manifests.joining.columns import joined_values
 from ....manifests.joining.companion import Companion
 from ....manifests.schema import BASE, SCORE, check
 from ....manifests.shards import InputShard
 from ....manifests.status import Status
-from ....stages.filter.conditions import Mask
 from ....stages.filter.joined import Source
 from ....stages.filter.marked import MARKS
 from ....stages.filter.select import MARK_TYPES, Rule

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
 import random
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,16 @@ def test_written_tars_are_the_same_bytes_every_time_and_open_everywhere() -> Non
     with tarfile.open(fileobj=io.BytesIO(outputs[0])) as tar:
         assert {m.name: tar.extractfile(m).read() for m in tar} == files  # type: ignore[union-attr]
         assert {(m.mtime, m.uid, m.uname) for m in tar} == {(0, 0, "")}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_members_whose_names_are_wanted_are_read_and_others_skipped(packed: bool) -> None:
+    """Everything but the bytes of the others is as in a full reading; also where nothing can be skipped by seeking."""
+    files = [(f"{i}.{kind}", os.urandom(i * 300)) for i in range(5) for kind in ("bin", "txt")]
+    whole_tar = tar_bytes([*files, ("../up.bin", b"x"), ("cut.bin", b"c" * 3000)])
+    data = whole_tar[: whole_tar.rindex(b"c") - 500]
+    stored = gzip.compress(data) if packed else data
+    whole = list(scan(io.BytesIO(stored), read_data=True))
+    some = list(scan(io.BytesIO(stored), read_data=lambda name: name.endswith(".bin")))
+    wanted = [replace(member, data=member.data if member.name.endswith(".bin") else None) for member in whole]
+    assert some == wanted and sum(member.data is not None for member in some) == 5

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
+from capipe.manifests.expressions.parser import UnknownColumn
 from capipe.manifests.schema import SCORE
-from capipe.stages.filter.expression import UnknownColumn
 from capipe.stages.filter.joined import (
     Offer,
     Source,

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from capipe.errors import BadInput
-from capipe.stages.filter.expression import parse
+from capipe.manifests.expressions.parser import parse
 
 TABLE = pa.table(
     {

@@ -100,12 +100,15 @@ class Expression:
         return [bound for bound in candidates if bound is not None]
 
 
-def parse(text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str] | None = None) -> Expression:
-    """Parse a condition over columns of the given Arrow types; ``aliases``: further names of columns.
+def parse(
+    text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str] | None = None, option: str = "--keep"
+) -> Expression:
+    """Parse a condition over columns of the given Arrow types. ``aliases``: further names of columns; ``option``: what
+    errors call it.
 
     Raises UnknownColumn for a name that is neither, and BadInput, with a one-line message, for anything else.
     """
-    return Expression(text, tuple(conjuncts(_Parser(text, types, aliases or {}).condition())))
+    return Expression(text, tuple(conjuncts(_Parser(text, types, aliases or {}, option).condition())))
 
 
 def names_in(text: str) -> set[str]:
@@ -160,8 +163,8 @@ def _tokens(text: str) -> list[_Token]:
 class _Parser:
     """Recursive-descent parser, one method per rule of the grammar above."""
 
-    def __init__(self, text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str]) -> None:
-        self._text, self._types, self._aliases = text, types, aliases
+    def __init__(self, text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str], option: str) -> None:
+        self._text, self._types, self._aliases, self._option = text, types, aliases, option
         self._tokens, self._at, self._depth = _tokens(text), 0, 0
 
     @property
@@ -178,7 +181,7 @@ class _Parser:
 
     def _fail(self, problem: str, kind: type[BadInput] = BadInput) -> NoReturn:
         shown = self._text if len(self._text) <= 200 else self._text[:199] + "…"
-        raise kind(f"--keep {shown!r}: {problem}")
+        raise kind(f"{self._option} {shown!r}: {problem}")
 
     def _unexpected(self, wanted: str = _PIECES) -> NoReturn:
         token = self._next
