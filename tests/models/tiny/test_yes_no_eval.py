@@ -58,7 +58,7 @@ async def test_who_does_not_know_is_right_half_of_the_time(some: list[Probe]) ->
     found = await evaluate_yes_no(knowing(some, 0.0), some)
     assert (found.questions, found.sentences, found.least, found.mean, found.unanswered) == (0.5, 0.5, 0.5, 0.5, 0)
     inverted = await evaluate_yes_no(knowing(some, -2.0), some)
-    assert (inverted.questions, inverted.sentences, inverted.least) == (0, 0, 0)
+    assert (inverted.questions, inverted.sentences) == (0, 0)
     silent = await evaluate_yes_no(Scripted(lambda request: RequestError("gone")), some)
     assert (silent.questions, silent.unanswered) == (0.5, 1)
 
@@ -76,7 +76,7 @@ def test_the_lowest_sentence_counts_where_there_are_several(some: list[Probe]) -
     truth = {one.true: 0.9, one.false: 0.2} | dict.fromkeys((*true, *false), 0.8)
     found = sentence_truth([one], [truth | {wrong_sentence(one): 0.1}])
     assert (found.least, found.mean, found.lowest) == (1, 1, 1)
-    other = next(text for text in false if text != wrong_sentence(one) and text not in true)
+    other = next(text for text in false if text != wrong_sentence(one))
     assert sentence_truth([one], [truth | {wrong_sentence(one): 0.3, other: 0.1}]).lowest == 0
 
 
