@@ -41,6 +41,7 @@ from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifie
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
 LOOKED_AT = 100  # held-out scenes for the evaluation at every export
+ASKED_ABOUT = 20  # of them for the teacher, which is asked dozens of questions about each
 
 
 class Training(Protocol):
@@ -104,7 +105,7 @@ def quality(trainer: Training, name: str, out: Path) -> str:
 
         return shares(diffusion_report(str(out), LOOKED_AT, seed=2))
     if name == "teacher":
-        return shares(asdict(asyncio.run(yes_no_report(str(out), LOOKED_AT, seed=2)))) + " (ROC AUC)"
+        return shares(asdict(asyncio.run(yes_no_report(str(out), ASKED_ABOUT, seed=2)))) + " (ROC AUC)"
     return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
 
 

@@ -57,7 +57,7 @@ def reads(rng: Random, level: int) -> QuizText:
 def teaches(rng: Random, level: int) -> QuizText:
     """Teacher lessons: about an image, without one, requests for questions or (rehearsal) captions; last, yes or no."""
     most, draw, early = min(level, MOST_THINGS), rng.random(), level <= MOST_THINGS
-    looks, guesses, tells, asks, checks = (0.7, 0.1, 0.1, 0.0, 0.0) if early else (0.26, 0.08, 0.04, 0.16, 0.32)
+    looks, guesses, tells, asks, checks = (0.7, 0.1, 0.1, 0.0, 0.0) if early else (0.2, 0.06, 0.04, 0.2, 0.38)
     if draw < looks:
         return _unguided(seeing(rng, most) if early or rng.random() < 0.3 else looking(rng, most))
     if draw < looks + guesses:
@@ -135,7 +135,7 @@ GRADUATES = {
     "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 7, 384), 1e-3, 1e-3, 5),
     "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 8, 256), 1e-3, 1e-3, 6),
     "teacher": Graduate(
-        Curricula(teaches, 24, TEACHER_LEVELS), captioner_turned_teacher, 1e-3, 1e-3, TEACHER_GUIDED, PHRASES
+        Curricula(teaches, 16, TEACHER_LEVELS), captioner_turned_teacher, 1e-3, 1e-3, TEACHER_GUIDED, PHRASES
     ),
 }
 

@@ -66,7 +66,7 @@ def test_statements_are_true_and_false_in_turn() -> None:
             assert number % 2 == 1 or yes
             checked[yes] += 1
     assert 0.45 < checked[False] / 800 <= 0.5
-    assert known > 0.8 * checked[False], "the grader, which reads the captioner's wordings, finds most of them false"
+    assert known > 0.6 * checked[False], "the grader, which reads the captioner's wordings alone, finds most of them false"
 
 
 def test_a_statement_is_marked_up_to_where_it_turns_false() -> None:
