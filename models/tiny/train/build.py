@@ -154,7 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from",
         dest="start",
         metavar="MODEL",
-        help="start from these weights (tiny/teacher, or a folder) and on the last level: quiz models only",
+        help="start from these weights (tiny/teacher, or a folder): quiz models only",
     )
     given = parser.parse_args(arguments)
     if given.start is not None and given.model not in GRADUATES:

@@ -68,10 +68,9 @@ def _described(scene: Scene, kind: str, rng: Random) -> tuple[str, bool]:
     style = sample_style(rng)
     omitted = {Fact(attribute, thing.place) for attribute in ATTRIBUTES if attribute not in kept}
     phrase = thing_phrase(thing, style, omitted)
-    frames = WHOLE_FRAMES
     if "place" in kept:
-        phrase, frames = f"{phrase} {where_phrase(thing.place, style)}", FRAMES
-    return rng.choice(frames).format(it=phrase), _shows(scene, thing, kept)
+        phrase = f"{phrase} {where_phrase(thing.place, style)}"
+    return rng.choice(FRAMES if "place" in kept else WHOLE_FRAMES).format(it=phrase), _shows(scene, thing, kept)
 
 
 def _changed(scene: Scene, thing: Thing, attribute: str, rng: Random) -> Thing:
@@ -82,7 +81,7 @@ def _changed(scene: Scene, thing: Thing, attribute: str, rng: Random) -> Thing:
 
 def _another(scene: Scene, attribute: str, taken: set[str], rng: Random) -> str:
     """A value of an attribute that is not in ``taken``, often one of another thing."""
-    near = [value for other in scene.things if (value := getattr(other, attribute)) not in taken]
+    near: list[str] = [value for other in scene.things if (value := getattr(other, attribute)) not in taken]
     if near and rng.random() < SCENE_SHARE:
         return rng.choice(near)
     return rng.choice([value for value in POOLS[attribute] if value not in taken])

@@ -35,11 +35,11 @@ def asking(rng: Random, most: int = MOST_THINGS, questions: int = 10) -> QuizTex
 def checking(rng: Random, most: int = MOST_THINGS, twins: int = 4) -> QuizText:
     """An image and statements, true and false ones in turn."""
     scene = sample_of("train", rng, most, 0.5)
-    branches = tuple(branch for _ in range(twins) for branch in _checked(scene, rng))
+    branches = tuple(branch for _ in range(twins) for branch in _checked(scene, rng, most))
     return QuizText(ASK, branches, scene)
 
 
-def _checked(scene: Scene, rng: Random) -> tuple[Branch, Branch]:
+def _checked(scene: Scene, rng: Random, most: int) -> tuple[Branch, Branch]:
     draw = rng.random()
     if draw < PAIRED:
         true, false = sentence_pair(scene, rng)
@@ -47,7 +47,7 @@ def _checked(scene: Scene, rng: Random) -> tuple[Branch, Branch]:
         return statement_branch(true, True, rng, len(true)), statement_branch(false, False, rng, common)
     if draw < STRAY:
         true = rng.choice(split_sentences(dense_caption(scene, rng)))
-        other = rng.choice(split_sentences(dense_caption(sample_of("train", rng, MOST_THINGS, 0.5), rng)))
+        other = rng.choice(split_sentences(dense_caption(sample_of("train", rng, most, 0.5), rng)))
         return statement_branch(true, True, rng, len(true)), statement_branch(other, holds(scene, other), rng)
     true = rng.choice(split_sentences(retold(scene, rng)))
     return statement_branch(true, True, rng, len(true)), statement_branch(addition(scene, rng), False, rng)
