@@ -174,9 +174,14 @@ def _answer(question: str, odds: Sequence[Odds]) -> YesNo:
 
 
 def prompt_of(image: ImageInput, question: str, order: Order) -> Prompt:
+    """A yes-or-no question about an image, as :func:`put_question` puts it."""
+    return Prompt(ASK + put_question(question, order), image)
+
+
+def put_question(question: str, order: Order) -> str:
     """A yes-or-no question with its two lettered options in ``order`` (option by place)."""
     lines = [f"{letter}. {OPTIONS[option]}" for letter, option in zip(LETTERS, order, strict=False)]
-    return Prompt(ASK + "\n".join([f"Question: {one_line(question)}", *lines, ""]), image)
+    return "\n".join([f"Question: {one_line(question)}", *lines, ""])
 
 
 def log_odds(scores: ChoiceScores, yes: int, least_mass: float) -> float | None:

@@ -2,6 +2,9 @@
 
 Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model's folder is exported every few minutes,
 so that a long run is usable before its end.
+
+A quiz model (reader or teacher) that is to learn something new goes on from weights that are there:
+``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...bundled import NAMES, UNTRAINED, folder_of
+from ...bundled import NAMES, UNTRAINED, folder_of, resolve
 from ...scorers.loading import ScorerConfig, load_scorer
 from ..world.corpus import samples
 from ..world.grade import total
@@ -25,7 +28,8 @@ from .eval.captioner import caption, graded_captions
 from .eval.plain_captioner import PlainCaptioner, plain_report
 from .eval.reader import report
 from .eval.scorers import detections, subjects
-from .quiz_models import enrol
+from .eval.yes_no import yes_no_report
+from .quiz_models import GRADUATES, enrol
 from .schedule import Progress, Schedule
 from .texts.tokenizer import build_tokenizer
 from .train_blip import BlipTrainer, recalls
@@ -37,6 +41,7 @@ from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifie
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
 LOOKED_AT = 100  # held-out scenes for the evaluation at every export
+ASKED_ABOUT = 20  # of them for the teacher, which is asked dozens of questions about each
 
 
 class Training(Protocol):
@@ -100,7 +105,7 @@ def quality(trainer: Training, name: str, out: Path) -> str:
 
         return shares(diffusion_report(str(out), LOOKED_AT, seed=2))
     if name == "teacher":
-        return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
+        return shares(asdict(asyncio.run(yes_no_report(str(out), ASKED_ABOUT, seed=2)))) + " (ROC AUC)"
     return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
 
 
@@ -109,8 +114,8 @@ def shares(figures: dict[str, Any]) -> str:
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
 
 
-def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
-    """The trainer of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
+def training_of(name: str, seed: int, length: dict[str, Any], start: str | None = None) -> Training:
+    """The trainer of a bundled model at its first step; ``length``: ``minutes`` or ``steps``; ``start``: see enrol."""
     if name == "captioner":
         return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
@@ -128,7 +133,7 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
         return trainer
     if name in PATCHES:
         return ClipTrainer(name, ClipItmPlan(seed=seed, **length))
-    return enrol(name, Schedule(seed=seed, **length))
+    return enrol(name, Schedule(seed=seed, **length), start)
 
 
 def say(line: str) -> None:
@@ -145,13 +150,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the folder to write (default: the bundled one)")
     parser.add_argument("--checkpoints", type=Path, default=Path(".checkpoints"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start from these weights (tiny/teacher, or a folder): quiz models only",
+    )
+    given = parser.parse_args(arguments)
+    if given.start is not None and given.model not in GRADUATES:
+        parser.error(f"--from is for {', '.join(GRADUATES)}: {given.model} is trained from scratch only")
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     length = {"steps": options.steps} if options.steps is not None else {"minutes": options.minutes}
-    trainer = training_of(options.model, options.seed, length)
+    start = None if options.start is None else resolve(options.start)
+    trainer = training_of(options.model, options.seed, length, start)
     out = options.out or folder_of(options.model)
     build(trainer, options.model, out, options.checkpoints / f"tiny-{options.model}-{options.seed}.pt", options.resume)
     return 0

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from ...yes_no import OPTIONS
 from .architectures import IMAGE_TOKENS, export_folder
 from .batches import picture
 from .optim import build_optimizers, set_rate
 from .schedule import Progress, Schedule
-from .texts.quiz_curriculum import FORMS, QuizText
+from .texts.quiz_curriculum import FORMS, QuizText, Statement
 from .texts.tokenizer import END, IMAGE, START, VISION_END, VISION_START
 from .vision import image_tokens
 
@@ -34,7 +35,6 @@ CHUNKS = 4  # a batch is split into this many parts of similar length
 LM_WEIGHT = 0.3  # weight of the loss on captions and questions themselves
 GUIDE_WEIGHT = 0.5  # weight of the auxiliary loss on a middle layer
 LESSON, QUESTION, FORM_BASE = 0, 1, 2  # parts: tokens of the prefix, of a question, of an answer (+ its form)
-LETTER = FORM_BASE + FORMS.index("letter")
 
 Curriculum = Callable[[Random, int], QuizText]
 
@@ -43,7 +43,8 @@ Curriculum = Callable[[Random, int], QuizText]
 class QuizSequence:
     """A tokenized lesson. ``branch``: 0 for the prefix, then 1, 2, …; ``part``: the kind of each token, for the loss.
 
-    ``means``: for a letter, the first token of the choice it stands for; -1 for all other tokens.
+    ``means``: for a letter, the first token of the choice it stands for; for what follows a token of a statement, yes
+    or no, whether all of it up to there is true; -1 for all other tokens.
     """
 
     ids: list[int]
@@ -64,17 +65,23 @@ class Curricula:
 
 
 class Counts(NamedTuple):
-    """Token counts by part: ``all``, and ``told``: without the end tokens, which carry no content."""
+    """Token counts by part: ``all``, and ``told``: without the end tokens, which carry no content.
+
+    ``meant``: number of tokens at which a guided layer is to say something.
+    """
 
     all: Counter[int]
     told: Counter[int]
+    meant: int
 
 
 class QuizTrainer:
     """Trainer on lessons; ``tower``: the vision encoder, None for a text model.
 
     ``guided``: number of layers trained to give the answer in words before the others find its letter (deep
-    supervision, arXiv 1409.5185). Without it, the layers that find the answer leave none to find the letter.
+    supervision, arXiv 1409.5185). Without it, the layers that find the answer leave none to find the letter. Along a
+    statement, the same layers are to say at each of its tokens whether it is true so far: as of replaced tokens (arXiv
+    2003.10555), much more is learnt of each statement than of its one answer.
     """
 
     def __init__(
@@ -128,7 +135,9 @@ class QuizTrainer:
     def count(self, rows: list[QuizSequence]) -> Counts:
         """Token counts of a batch by part."""
         pairs = [pair for row in rows for pair in zip(row.part, row.ids, strict=True)]
-        return Counts(Counter(part for part, _ in pairs), Counter(part for part, token in pairs if token != self.end))
+        told = Counter(part for part, token in pairs if token != self.end)
+        meant = sum(token >= 0 for row in rows for token in row.means)
+        return Counts(Counter(part for part, _ in pairs), told, meant)
 
     def _loss(self, rows: list[QuizSequence], counts: Counts) -> tuple[Tensor, dict[str, float]]:
         """A chunk's share of the batch's loss: each kind of token is averaged over the whole batch."""
@@ -155,7 +164,7 @@ class QuizTrainer:
             right = (logits[said].argmax(-1) == targets[said]).float().sum() / counts.told[index]
             figures[f"{form}_right"] = right.item()
         if middle:
-            loss = self._guide(middle[0], rows) / max(1, counts.told[LETTER])
+            loss = self._guide(middle[0], rows) / max(1, counts.meant)
             figures["guide"] = loss.item()
             total = total + GUIDE_WEIGHT * loss
         return total, figures
@@ -175,7 +184,7 @@ class QuizTrainer:
             handle.remove()
 
     def _guide(self, middle: Tensor, rows: list[QuizSequence]) -> Tensor:
-        """Summed loss of word answers, decoded from ``middle`` (rows, tokens, width) where letters are predicted."""
+        """Summed loss of ``means``, decoded from ``middle`` (rows, tokens, width) at the tokens before them."""
         said = [
             (row, column - 1, token)
             for row, sequence in enumerate(rows)
@@ -263,7 +272,8 @@ def encode(lesson: QuizText, tokenizer: PreTrainedTokenizerFast, rng: Random) ->
     texts = [f"{START}user\n{image}{lesson.text}"]
     for branch in lesson.branches:
         texts += [f"{branch.asked}{END}\n{START}assistant\n", f"{branch.answer}{END}"]
-    beginning, *pieces = tokenizer(texts).input_ids
+    tokenized = tokenizer(texts, return_offsets_mapping=True)
+    beginning, *pieces = tokenized.input_ids
     ids, branches, part = list(beginning), [0] * len(beginning), [LESSON] * len(beginning)
     means = [-1] * len(beginning)
     start = text_positions(len(beginning), beginning, tokenizer.convert_tokens_to_ids(IMAGE))
@@ -275,10 +285,25 @@ def encode(lesson: QuizText, tokenizer: PreTrainedTokenizerFast, rng: Random) ->
         branches += [number] * (len(asked) + len(answer))
         part += [QUESTION] * len(asked) + [FORM_BASE + FORMS.index(branch.form)] * len(answer)
         first_word = tokenizer(branch.means).input_ids[0] if branch.means else -1
-        means += [-1] * len(asked) + [first_word] + [-1] * (len(answer) - 1)
+        said = _said_along(branch.statement, tokenized.offset_mapping[2 * number - 1], tokenizer)
+        means += [*said, first_word] + [-1] * (len(answer) - 1)
         positions.append(torch.arange(first, first + len(asked) + len(answer)).expand(3, -1))
     pixels = picture(lesson.scene, rng) if lesson.scene is not None else None
     return QuizSequence(ids, branches, part, means, torch.cat(positions, dim=1), pixels)
+
+
+def _said_along(
+    statement: Statement | None, offsets: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    """For each token of a question with its characters: yes or no where the token before it is of the statement."""
+    said = [-1] * len(offsets)
+    if statement is None:
+        return said
+    yes, no = (tokenizer(option).input_ids[0] for option in OPTIONS)
+    for at, (first, last) in enumerate(offsets[:-1]):
+        if statement.start <= first < statement.end:
+            said[at + 1] = no if min(last, statement.end) > statement.false_from else yes
+    return said
 
 
 def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:

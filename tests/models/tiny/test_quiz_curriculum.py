@@ -32,8 +32,12 @@ from capipe.models.tiny.train.texts.quiz_curriculum import (
     writing,
     written,
 )
+from capipe.models.tiny.train.texts.yes_no_curriculum import asking, checking
 from capipe.models.tiny.world.grade import Facts, parse
 from capipe.models.tiny.world.scenes import MOST_THINGS, Scene, scenes, split_of
+from capipe.models.yes_no import OPTIONS
+
+from .presence_answers import answer as is_so
 
 KNOWN = {text: right for text, right, _ in KNOWLEDGE}
 Told = list[tuple[str, Facts]]
@@ -113,14 +117,19 @@ def test_who_looks_is_to_answer_what_is_to_be_seen() -> None:
         for branch in lesson.branches:
             question, answer, offered = given(branch)
             asked = understand(question)
-            if asked is None:
+            if asked is None and question in KNOWN:
                 assert answer == KNOWN[question]
                 outcomes["known"] += 1
+                continue
+            if asked is None:
+                assert answer == OPTIONS[0 if is_so(question, lesson.scene) else 1], (lesson.scene, branch)
+                outcomes[answer] += 1
                 continue
             assert answer == right(solve(asked, facts_of(lesson.scene)), offered), (lesson.scene, branch)
             outcomes["abstain" if answer == ABSTAIN else "answer"] += 1
             outcomes["leaks"] += tells_its_answer(asked)
     assert outcomes["known"] > 10 and outcomes["leaks"] > 40
+    assert min(outcomes[option] for option in OPTIONS) > 60
     assert 0.04 < outcomes["abstain"] / 1000 < 0.15
 
 
@@ -135,9 +144,13 @@ def test_who_sees_nothing_is_to_answer_only_what_the_question_tells() -> None:
         for branch in lesson.branches:
             question, answer, offered = given(branch)
             asked = understand(question)
-            if asked is None:
+            if asked is None and question in KNOWN:
                 assert answer == KNOWN[question]
                 outcomes["known"] += 1
+                continue
+            if asked is None:
+                assert answer == ABSTAIN and set(OPTIONS) < offered, branch
+                outcomes["abstain yes or no"] += 1
                 continue
             said = getattr(asked.target, asked.kind) if tells_its_answer(asked) else None
             assert answer == (said or ABSTAIN), branch
@@ -145,7 +158,8 @@ def test_who_sees_nothing_is_to_answer_only_what_the_question_tells() -> None:
             outcomes["told" if said else f"abstain {asked.kind}"] += 1
     assert outcomes["known"] > 120 and outcomes["told"] > 190
     assert {kind for kind in outcomes if kind.startswith("abstain")} == {
-        f"abstain {kind}" for kind in ("background", "color", "count", "place", "shape", "sign", "sign_place", "size")
+        f"abstain {kind}"
+        for kind in ("background", "color", "count", "place", "shape", "sign", "sign_place", "size", "yes or no")
     }
 
 
@@ -218,7 +232,7 @@ def test_questions_are_of_other_kinds_as_long_as_there_are_such() -> None:
 
 
 def test_lessons_are_the_same_for_the_same_seed() -> None:
-    for make in (reading, looking, guessing, writing):
+    for make in (reading, looking, guessing, writing, asking, checking):
         assert make(Random(7)) == make(Random(7)) != make(Random(8))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +29,8 @@ from capipe.models.tiny.train.texts.quiz_curriculum import (
     reading,
     writing,
 )
-from capipe.models.tiny.train.texts.tokenizer import IMAGE, QUIZ, START, build_tokenizer
+from capipe.models.tiny.train.texts.tokenizer import IMAGE, QUIZ, START, build_tokenizer, with_phrases
+from capipe.models.tiny.train.texts.yes_no_curriculum import PHRASES, asking, checking
 from capipe.models.tiny.train.train_quiz import (
     FORM_BASE,
     LESSON,
@@ -41,13 +43,14 @@ from capipe.models.tiny.train.train_quiz import (
     text_positions,
     visible,
 )
+from capipe.models.yes_no import OPTIONS
 
 SCHEDULE = Schedule(seed=3, steps=4, warmup=2)
 
 
 def mixed(rng: Random, level: int) -> QuizText:
     """One lesson of any sort."""
-    return rng.choice((reading, looking, guessing, writing))(rng)
+    return rng.choice((reading, looking, guessing, writing, asking, checking))(rng)
 
 
 def short_reading(rng: Random, level: int) -> QuizText:
@@ -56,7 +59,8 @@ def short_reading(rng: Random, level: int) -> QuizText:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(0, lambda seed: curriculum_text(Curricula(mixed, 3, levels=1), seed, count=50), QUIZ)
+    lines = partial(curriculum_text, Curricula(mixed, 3, levels=1), count=50)
+    return build_tokenizer(0, lines, QUIZ, PHRASES)
 
 
 def new_reader(
@@ -113,7 +117,7 @@ def test_who_sees_whom() -> None:
 
 def test_a_row_is_what_the_chat_template_makes_of_each_branch(tokenizer: PreTrainedTokenizerFast) -> None:
     processor = build_processor(tokenizer)
-    for number, make in enumerate((reading, looking, guessing, writing) * 3):
+    for number, make in enumerate((reading, looking, guessing, writing, asking, checking) * 3):
         lesson = make(Random(number))
         row = encode(lesson, tokenizer, Random(number))
         assert len(row.ids) == len(row.branch) == len(row.part) == row.positions.shape[1]
@@ -128,9 +132,47 @@ def test_a_row_is_what_the_chat_template_makes_of_each_branch(tokenizer: PreTrai
             answer = len(tokenizer(branch.answer).input_ids) + 1
             learned = FORM_BASE + FORMS.index(branch.form)
             beginning, question = row.branch.count(0), len(mine) - row.branch.count(0) - answer
-            meant = [tokenizer.decode([row.means[place]]) for place in mine if row.means[place] >= 0]
+            said = [place for place in mine[-answer:] if row.means[place] >= 0]
+            meant = [tokenizer.decode([row.means[place]]) for place in said]
             assert len(meant) == (branch.form == "letter") and all(branch.means.startswith(word) for word in meant)
+            assert branch.statement or all(row.means[place] < 0 for place in mine[:-answer])
             assert parts == [LESSON] * beginning + [QUESTION] * question + [learned] * answer
+
+
+def test_each_token_of_a_statement_is_followed_by_whether_it_is_true_so_far(tokenizer: PreTrainedTokenizerFast) -> None:
+    yes, no = (tokenizer(option).input_ids[0] for option in OPTIONS)
+    turned = 0
+    for number in range(12):
+        lesson = checking(Random(number))
+        row = encode(lesson, tokenizer, Random(number))
+        for at, branch in enumerate(lesson.branches, 1):
+            places = [place for place, of in enumerate(row.branch) if of == at]
+            end = places[0] + row.part[places[0] :].index(FORM_BASE + FORMS.index(branch.form))
+            said = {place: row.means[place + 1] for place in range(places[0], end - 1) if row.means[place + 1] >= 0}
+            if branch.statement is None:
+                assert not said
+                continue
+            start, false_from, stop = branch.statement
+            assert list(said) == list(range(min(said), max(said) + 1))
+            words = tokenizer.decode([row.ids[place] for place in said])
+            assert words.startswith(branch.asked[start:stop]) and words.strip() == branch.asked[start:stop]
+            read = [tokenizer.decode([row.ids[place] for place in said if place <= last]) for last in said]
+            expected = [no if len(text.rstrip("\n")) > false_from - start else yes for text in read]
+            assert list(said.values()) == expected, branch
+            turned += {yes, no} <= set(expected)
+    assert turned > 5
+
+
+def test_a_phrase_is_one_token_of_its_own_whenever_it_is_added(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = build_tokenizer(0, lambda seed: iter(["Question: Is there a star?\nA. Yes\n"] * 9), QUIZ)
+    before = bare("Question: Is there a star?").input_ids
+    with_phrases(bare, PHRASES)
+    for known in (tokenizer, bare):
+        assert [len(known(phrase).input_ids) for phrase in PHRASES] == [1] * len(PHRASES)
+        assert known.decode(known(f"{PHRASES[0]}{PHRASES[1]}A star.").input_ids).endswith("Statement: A star.")
+    assert len(before) > len(bare("Question: Is there a star?").input_ids)
+    size = len(bare)
+    assert len(with_phrases(bare, PHRASES)) == size, "what is there is not added again"
 
 
 @torch.inference_mode()

@@ -79,7 +79,7 @@ def detections(scorer: Scorer, of: Sequence[Subject]) -> dict[str, Detection]:
     scores: dict[str, list[CaptionScore]] = {"true": [], "other": [], "changed": [], "added": []}
     for start in range(0, len(of), BATCH):
         batch = of[start : start + BATCH]
-        pixels = [_seen(subject.sample.image, scorer) for subject in batch]
+        pixels = [seen_by(scorer, subject.sample.image) for subject in batch]
         for kind, caption_scores in scores.items():
             texts = [getattr(subject, kind) for subject in batch]
             asked = [(i, text.text if isinstance(text, Planted) else text) for i, text in enumerate(texts)]
@@ -94,7 +94,8 @@ def detections(scorer: Scorer, of: Sequence[Subject]) -> dict[str, Detection]:
     }
 
 
-def _seen(image: bytes, scorer: Scorer) -> Pixels:
+def seen_by(scorer: Scorer, image: bytes) -> Pixels:
+    """The pixels that a scorer makes of a rendered image."""
     views = decode_preprocessed(image, preprocesses=(scorer.preprocess,), limits=ImageLimits())
     if isinstance(views, ImageProblem):
         raise ValueError(f"a rendered scene cannot be decoded: {views.reason}")

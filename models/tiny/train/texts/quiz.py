@@ -144,10 +144,10 @@ def ask(asked: Asked, rng: Random) -> str:
         frame = rng.choice((*FRAMES["shape"], *PLACE_FRAMES))
     if asked.target is None:
         return frame
-    return frame.format(it=_pointer(asked.target, rng), place=asked.target.place)
+    return frame.format(it=pointer(asked.target, rng), place=asked.target.place)
 
 
-def _pointer(target: ThingClaim, rng: Random) -> str:
+def pointer(target: ThingClaim, rng: Random) -> str:
     """ "the large star", "the red object in the top left"."""
     noun = target.shape or rng.choice(("shape", "shape", "object"))
     words = ["the", *(word for word in (target.size, target.color) if word), noun]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ....quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, put, writing_prompt
+from ....yes_no import OPTIONS
 from ...world.captions import PLAIN, dense_caption
 from ...world.grade import Facts
 from ...world.prompts import DENSE
 from ...world.scenes import COLORS, MOST_THINGS, Scene, sample_of
 from .caption_augmentation import augmented_caption, retold
+from .presence import Presence, sample_presence
 from .quiz import COUNTS, KINDS, Asked, facts_of, leaking, possible, quiz, sample_asked, solve
 
 Form = Literal["letter", "words", "text"]
@@ -25,6 +27,7 @@ WORDS_ONLY = "Answer in words."
 LIST = "List all things."
 SPELL = "Say the letters."
 BOUND = ("color", "place", "shape", "size")  # kinds that need one thing found among others: the most to learn
+PRESENCE_SHARE = 0.15  # of the teacher's questions: whether something is there, beside a third option to abstain
 KNOWLEDGE = (  # answerable without an image
     ("How many sides does a triangle have?", "three", COUNTS),
     ("How many corners does a square have?", "four", COUNTS),
@@ -39,14 +42,26 @@ KNOWLEDGE = (  # answerable without an image
 )
 
 
+class Statement(NamedTuple):
+    """Characters ``start`` to ``end`` of a question are a statement, which is false from ``false_from`` on."""
+
+    start: int
+    false_from: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Branch:
-    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: a letter's answer in words."""
+    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: a letter's answer in words.
+
+    ``statement``: where the question quotes one whose words are known to be true or false.
+    """
 
     asked: str
     answer: str
     form: Form = "letter"
     means: str = ""
+    statement: Statement | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,8 @@ def _look_branch(scene: Scene, rng: Random, in_words: float) -> Branch:
     draw = rng.random()
     if draw < 0.03:
         return _knowledge(rng)
+    if rng.random() < PRESENCE_SHARE:
+        return _presence_branch(sample_presence(scene, rng), True, rng, in_words)
     other = scene if draw < 0.88 else sample_of("train", rng, MOST_THINGS, 0.5)
     asked = sample_asked(other, rng)
     if draw < 0.12 or draw > 0.97:
@@ -192,11 +209,21 @@ def _guess_branch(rng: Random) -> Branch:
     if rng.random() < 0.15:
         return _knowledge(rng)
     scene = sample_of("train", rng, MOST_THINGS, 0.5)
+    if rng.random() < PRESENCE_SHARE:
+        return _presence_branch(sample_presence(scene, rng), False, rng)
     asked = sample_asked(scene, rng)
     if rng.random() < 0.5:
         asked = leaking(asked, scene)
     answer = solve(asked, facts_of(scene)) if asked.leaks else None
     return lettered(quiz(scene, asked, rng), answer, rng)
+
+
+def _presence_branch(presence: Presence, seen: bool, rng: Random, in_words: float = 0.0) -> Branch:
+    """A yes-or-no question with the option to abstain, which is right unless the image is ``seen``."""
+    answer = OPTIONS[0 if presence.holds else 1] if seen else None
+    if rng.random() < in_words:
+        return Branch(f"Question: {presence.text}\n{WORDS_ONLY}", answer or ABSTAIN, "words")
+    return lettered(Question(presence.text, OPTIONS, 0), answer, rng)
 
 
 def _knowledge(rng: Random) -> Branch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,12 +62,16 @@ def training_text(seed: int, captions: int = 6000) -> Iterator[str]:
 
 
 def build_tokenizer(
-    seed: int, text: Callable[[int], Iterator[str]] = training_text, pieces: str = WORD
+    seed: int,
+    text: Callable[[int], Iterator[str]] = training_text,
+    pieces: str = WORD,
+    phrases: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """The tokenizer with its chat template, merged on ``text`` within ``pieces``; deterministic per seed.
 
     A piece that Qwen would split becomes an added token, matched before pre-tokenization: transformers applies Qwen's
-    pre-tokenization to models of Qwen's types, whatever their files say.
+    pre-tokenization to models of Qwen's types, whatever their files say. So does each of ``phrases``, which then needs
+    no merges of its own.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = _cutting(pieces)
@@ -78,12 +82,12 @@ def build_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(text(seed), trainer)
+    core.train_from_iterator(_without(text(seed), phrases), trainer)
     if pieces != WORD:
-        phrases = _phrases(core, text(seed))
+        found = _phrases(core, _without(text(seed), phrases))
         core.pre_tokenizer = _cutting(WORD)
-        core.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
-    return PreTrainedTokenizerFast(
+        core.add_tokens(_added(found))
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=END,
         pad_token=PAD,
@@ -92,6 +96,25 @@ def build_tokenizer(
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+    return with_phrases(tokenizer, phrases)
+
+
+def with_phrases(tokenizer: PreTrainedTokenizerFast, phrases: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The same tokenizer, in which each phrase is one token; those that it lacks get the next ids."""
+    tokenizer.add_tokens(_added(phrases))
+    return tokenizer
+
+
+def _added(phrases: Iterable[str]) -> list[AddedToken]:
+    return [AddedToken(phrase, normalized=False) for phrase in phrases]
+
+
+def _without(texts: Iterable[str], phrases: Sequence[str]) -> Iterator[str]:
+    """The texts between the phrases."""
+    for text in texts:
+        for phrase in phrases:
+            text = text.replace(phrase, "\n")
+        yield text
 
 
 def _cutting(pieces: str) -> pre_tokenizers.PreTokenizer:
