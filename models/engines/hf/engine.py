@@ -122,8 +122,9 @@ class TransformersEngine:
         """Slow reference for :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
 
         def run() -> Completion:
-            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling, request.tempered)
-            return self._completion(drawn, request.logprobs)
+            prompt = self.lm.prepare(request.prompt)
+            drawn = self.lm.generate_reference(prompt, request.sampling, request.tempered)
+            return self._completion(drawn, request.logprobs, prompt)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
@@ -233,7 +234,8 @@ class TransformersEngine:
                 rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs, request.tempered)
             else:
                 scores = prefix.logits[index_of[item.key]].log_softmax(dim=-1)[item.choice_ids]
-                answers[at] = ChoiceScores(tuple(scores.tolist()), **self._prompt_counts(item.prompt))
+                prompt_tokens, image_tokens = self._prompt_counts(item.prompt)
+                answers[at] = ChoiceScores(tuple(scores.tolist()), "", prompt_tokens, image_tokens)
         places = list(rows)
 
         def ended(row: int, drawn: SampledTokens) -> None:
@@ -248,6 +250,7 @@ class TransformersEngine:
 
     def _completion(self, drawn: SampledTokens, logprobs: bool, prompt: PreparedPrompt) -> Completion:
         text, thought = self.lm.encoder.answer(drawn.token_ids)
+        prompt_tokens, image_tokens = self._prompt_counts(prompt)
         return Completion(
             text=text,
             token_ids=tuple(drawn.token_ids),
@@ -255,12 +258,14 @@ class TransformersEngine:
             n_tokens=len(drawn.token_ids),
             logprobs=tuple(drawn.logprobs) if logprobs else None,
             thought=thought,
-            **self._prompt_counts(prompt),
+            prompt_tokens=prompt_tokens,
+            image_tokens=image_tokens,
         )
 
-    def _prompt_counts(self, prompt: PreparedPrompt) -> dict[str, int | None]:
+    def _prompt_counts(self, prompt: PreparedPrompt) -> tuple[int, int | None]:
+        """Tokens of a prompt, and those that stand for its image."""
         image = 0 if prompt.image is None else self.lm.encoder.image_tokens(prompt.ids.tolist())
-        return {"prompt_tokens": len(prompt.ids), "image_tokens": image}
+        return len(prompt.ids), image
 
 
 def _refusal(error: Exception) -> Exception:
