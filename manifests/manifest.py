@@ -30,7 +30,6 @@ from .status import Status
 LINES = f"{PRIVATE}/manifest.jsonl"
 CHECKSUM = "checksum"  # key of a line: checksum over its other keys
 REPLACES = "replaces"  # key of ``stats``: see ShardRecord.replaces
-TOKENS, ASKED = "tokens", "rows"  # key of ``stats``: sums of the columns USAGE, and the number of rows that cost any
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ USAGE = [
     pa.field("image_tokens", pa.int64()),  # those of them that stand for the image
     pa.field("output_tokens", pa.int64()),  # generated: rejected attempts and thoughts included
 ]
+TOKENS, ASKED = "tokens", "rows"  # of a shard's record: sums of these columns, and of how many rows with any
 #: Columns that artifacts of earlier versions lack: readers take them as null.
 LATER = frozenset(field.name for field in USAGE)
 

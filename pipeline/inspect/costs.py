@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from ...errors import BadInput
 from ...manifests import times
 from ...manifests.artifact import Artifact
-from ...manifests.manifest import ASKED, TOKENS
-from ...manifests.schema import USAGE
+from ...manifests.schema import ASKED, TOKENS, USAGE
 
 UNITS = ("GPU", "core")  # that have a price by the hour
 

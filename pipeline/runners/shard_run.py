@@ -12,8 +12,8 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.locks import UNLIMITED, Patience
 from ...manifests.files.store_errors import StoreUnavailable
-from ...manifests.manifest import ASKED, TOKENS, ShardRecord
-from ...manifests.schema import USAGE
+from ...manifests.manifest import ShardRecord
+from ...manifests.schema import ASKED, TOKENS, USAGE
 from ...manifests.shards import InputShard, Row
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import applied
