@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, get_worker_info
 
 import capipe
+from capipe.errors import BadInput
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.loader.dataset import ImageCaptions
 from capipe.manifests.loader.images import array
@@ -289,3 +292,35 @@ def test_damaged_exif_turns_nothing() -> None:
     out = io.BytesIO()
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(out, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert array(out.getvalue()).shape == (40, 60, 3)
+
+
+@pytest.mark.slow
+def test_workers_that_are_new_interpreters(data: Captioned) -> None:
+    """They get the data set by pickle, and see the epoch all the same."""
+    dataset = opened(data, where="clip_score > 0.2", mix={"dense": 1, "org": 1}, decode="array")
+    loader = loaded(dataset, workers=1, persistent_workers=True, multiprocessing_context="spawn")
+    first = keys(loader)
+    dataset.set_epoch(1)
+    second = keys(loader)
+    assert first != second and second == [each["key"] for each in dataset]
+
+
+def test_a_copy_by_pickle(data: Captioned) -> None:
+    dataset = opened(data, where="clip_score > 0.2", mix={"dense": 1, "org": 1}, decode="pil")
+    dataset.set_epoch(3)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert [each["key"] for each in copy] == [each["key"] for each in dataset] and copy.epoch == 3
+
+
+def test_a_state_is_not_taken_in_a_worker(data: Captioned) -> None:
+    """As loaders do that ask their workers' copies of a data set: these know nothing of what was delivered."""
+    dataset = opened(data)
+    loader = DataLoader(dataset, 1, num_workers=1, collate_fn=list, worker_init_fn=lambda worker: _asked())
+    with pytest.raises(BadInput, match="not in a DataLoader worker"):
+        list(loader)
+
+
+def _asked() -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.state_dict()
