@@ -57,7 +57,8 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
     if last_files.are_there(artifact, digest) and (format != LANCE or _has_version(artifact)):
         return
     with artifact.begin_files("extras") as files:
-        contents, statistics = _contents(artifact, source, format, records, notes, sets)
+        statistics, rows = _statistics(artifact, records)
+        contents = _contents(source, format, records, notes, sets, rows)
         _write(files, CARD, render(words, contents, statistics, steps).encode())
         if format == "webdataset":
             _write_webdataset(artifact, records, files)
@@ -68,8 +69,9 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
             with files.writing(writer.listed) as file:
                 for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
-        _write_croissant(artifact, files, records, words, contents, summary(contents, statistics, steps), steps)
-        more, old = _commit_table(artifact, files, records, words, steps, sets) if format == LANCE else ({}, [])
+        text = summary(contents, statistics, steps)
+        _write_croissant(files, records, words, contents, rows, text, steps)
+        more, old = _commit_table(artifact, files, records, words, steps, sets, rows) if format == LANCE else ({}, [])
         published = files.publish()
         for name in old:
             artifact.folder.remove_file(name)
@@ -82,28 +84,29 @@ def _write(files: FileTransaction, name: str, data: bytes) -> None:
         file.write(data)
 
 
+def _statistics(artifact: Artifact, records: Sequence[ShardRecord]) -> tuple[Statistics, pa.Schema]:
+    """Statistics of all listings, and the columns of the first one."""
+    statistics, rows = Statistics(), None
+    for record in records:
+        with artifact.parquet(record.shard) as parquet:
+            statistics.add(parquet)
+            rows = rows or parquet.schema_arrow
+    return statistics, rows
+
+
 def _contents(
-    artifact: Artifact,
     source: Artifact,
     format: str,
     records: Sequence[ShardRecord],
     notes: Sequence[str],
     sets: Sequence[Mapping[str, Any]],
-) -> tuple[Contents, Statistics]:
-    """What the card is about, with its statistics."""
-    statistics = Statistics()
-    for record in records:
-        with artifact.parquet(record.shard) as parquet:
-            statistics.add(parquet)
+    rows: pa.Schema,
+) -> Contents:
+    """What the card is about."""
     size = _source_size(source, records)
     shards = sum(bool(record.stats["samples"]) for record in records)
-    columns = features(full_schema(_listing_schema(artifact, records), sets)) if format == LANCE else ()
-    return Contents(format, shards, size, _images(records), notes, columns, sets), statistics
-
-
-def _listing_schema(artifact: Artifact, records: Sequence[ShardRecord]) -> pa.Schema:
-    with artifact.parquet(records[0].shard) as parquet:
-        return parquet.schema_arrow
+    columns = features(full_schema(rows, sets)) if format == LANCE else ()
+    return Contents(format, shards, size, _images(records), notes, columns, sets)
 
 
 def _has_version(artifact: Artifact) -> bool:
@@ -119,6 +122,7 @@ def _commit_table(
     words: CardWords,
     steps: Sequence[Step],
     sets: Sequence[dict[str, Any]],
+    rows: pa.Schema,
 ) -> tuple[dict[str, Any], list[str]]:
     """Add the version of a Lance table that the committed shards make to the files to publish, unless it is there.
 
@@ -127,23 +131,22 @@ def _commit_table(
     """
     made_by = [{"stage": step.stage, "name": step.name, "fingerprint": step.fingerprint} for step in steps]
     about = {**asdict(words), "fingerprint": artifact.fingerprint, "provenance": made_by}
-    schema = described(full_schema(_listing_schema(artifact, records), sets), about, sets)
+    schema = described(full_schema(rows, sets), about, sets)
     fragments = version.planned(artifact, records, schema)
     number, old = version.commit_version(files, artifact.folder, schema, fragments, artifact.fingerprint)
     return {version.NOTE: number}, old
 
 
 def _write_croissant(
-    artifact: Artifact,
     files: FileTransaction,
     records: Sequence[ShardRecord],
     words: CardWords,
     contents: Contents,
+    rows: pa.Schema,
     text: str,
     steps: Sequence[Step],
 ) -> None:
     """Write the Croissant metadata of all published files but this one."""
-    rows = _listing_schema(artifact, records)
     listed = {name: file for record in records for name, file in record.files.items()} | dict(files.written)
     public = {name: file for name, file in listed.items() if not name.startswith(f"{PRIVATE}/")}
     data = training_schema(rows) if contents.format == "parquet" else None

@@ -32,7 +32,7 @@ table.take([7, 5], columns=["image"])["image"][0].as_py()  # the bytes of one im
 datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub
 ```
 
-For torch, `lance.torch.data.LanceDataset(table, batch_size, columns=…, to_tensor_fn=…)`: fragments are the shards."""
+For torch, `lance.torch.data.LanceDataset(table, batch_size, columns=…, to_tensor_fn=…)`; fragments are the shards."""
 
     def __init__(self, out: FileTransaction, shard: str, rows: pa.Schema) -> None:
         super().__init__(out, shard)
