@@ -260,9 +260,8 @@ def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
 
 def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
     actual = max(footer.num_rows, sum(footer.row_group(at).num_rows for at in range(footer.num_row_groups)))
-    if footer.num_rows != rows or actual != rows:
-        return f"{actual} rows, {rows} in the manifest"
-    return oversized_group(footer)
+    wrong = f"{actual} rows, {rows} in the manifest"
+    return wrong if {footer.num_rows, actual} != {rows} else oversized_group(footer)
 
 
 def oversized_group(footer: pq.FileMetaData) -> str | None:

@@ -208,3 +208,18 @@ def test_captions_that_spell_tokens_have_scores_and_so_have_their_neighbours(
         row[f"{start}_score"] is not None for row in rows for start in ("re_clip", "org_clip", "re_itm", "org_itm")
     )
     assert [row["org_caption"] for row in rows[:5]] == spelled and rows[7]["re_caption"] == texts[7]
+
+
+@pytest.mark.slow
+def test_only_what_is_not_scored_yet_is_scored(shards: Path, captions: Path, tmp_path: Path) -> None:
+    """Scores by a second model beside those by a first are what one run with both gives, row by row."""
+    options = ["filter", "--shards", shards, "--captions", captions]
+    keep = ["--keep", "clip_score > -1 and itm_score_min >= 0"]
+    capipe(*options, *MODELS, *keep, "--out", tmp_path / "both")
+    capipe(*options, "--clip", "tiny/clip", "--out", tmp_path / "clip")
+    capipe(*options, "--itm", "tiny/itm", *keep, "--scores", tmp_path / "clip/scores", "--out", tmp_path / "itm")
+    assert {row["re_clip_score"] for row in table(tmp_path / "itm/scores")} == {None}
+    assert table(tmp_path / "itm/shards") == table(tmp_path / "both/shards")
+    alone = ["--itm", "tiny/itm", "--scores", tmp_path / "clip/scores", "--out", tmp_path / "none"]
+    line = one_line(capipe(*options[:3], *alone, code=2))
+    assert "of other new captions than are to be written; give --captions the same" in line
