@@ -23,7 +23,7 @@ _OF_IMAGES = ("min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """``settings``: as of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default.
+    """``settings``: as of :meth:`.shared.EngineOptions.engine_settings`, None for an engine's own default.
 
     ``sees``: the model gets images. ``option``: the option with a second model's settings.
     """

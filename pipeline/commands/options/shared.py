@@ -1,4 +1,4 @@
-"""Options with the same meaning in every command, single or in groups (:mod:`.option_groups`)."""
+"""Options with the same meaning in every command, single or in groups (:mod:`.groups`)."""
 
 from __future__ import annotations
 
