@@ -68,6 +68,8 @@ def test_questions_are_written_and_screened(corpus: tuple[Path, list[CorpusSampl
             assert len(entry["guessed"]) == orders - 1 and entry["guess_accuracy"] <= 1 / (orders - 1) + 0.25 + 1e-4
     (line,) = screening_lines(Artifact.open(str(out / "screened")))
     assert line in said and f"screening kept {sum(entry['status'] == 'ok' for entry in entries)} of" in line
+    capipe("report", out)
+    assert line in (out / "report.html").read_text(encoding="utf-8")
     for name in ("written", "screened"):
         assert verify(str(out / name)).faults == []
 

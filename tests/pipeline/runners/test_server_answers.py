@@ -140,14 +140,15 @@ def test_a_server_that_loads_for_a_while_is_waited_for(
 
 
 def lettered(body: dict[str, Any], blank: str, letter: str | None = None) -> Answer:
-    """What a screener's first token is: the letter of "red" where it sees the image, else of "Cannot tell"."""
+    """A screener's first token: the letter of "red" where it sees the image, else of "Cannot tell", else of "blue"."""
     if not body["logprobs"]:
         return completion("Yes")  # whether it thinks first
     content = body["messages"][-1]["content"]
     seen = not isinstance(content, str)
     text = content[-1]["text"] if seen else content
-    option = "red" if seen else "Cannot tell"
-    known = next(line[0] for line in text.splitlines() if line[1:] == f". {option}")
+    options = ["red"] if seen else ["Cannot tell", "blue"]
+    letters = {line[3:]: line[0] for line in text.splitlines() if line[1:3] == ". "}
+    known = next(letters[option] for option in options if option in letters)
     token = f"{blank}{letter or known}"
     top = [{"token": token, "logprob": -0.1}, {"token": f"{blank}Well", "logprob": -3.0}]
     step = {"token": token, "logprob": -0.1, "top_logprobs": top[: body["top_logprobs"]]}
@@ -178,6 +179,7 @@ def test_letters_after_a_blank_are_letters_and_other_words_are_no_answer(
     assert (entry["status"], entry["row"], entry["with_image"], entry["without_image"]) == (
         "ok", "ok", [0, 0, 0], [2, 2, 2],
     )  # fmt: skip
+    assert entry["guessed"] == [1, 1]
     with serving(Double(lambda n, body: lettered(body, " ", "The"), owner="somebody")) as url:
         (entry,) = screened(url, tmp_path, "words", 1)
     assert (entry["status"], entry["row"], entry["image_accuracy"]) == ("unscored", "engine_error", None)
