@@ -30,12 +30,14 @@ class OutputFolder:
     """A part of a stage's folder that is reused while the options and inputs it depends on are unchanged.
 
     ``folder``: relative to the stage's folder, empty for all of it; None for files that every run rewrites. It depends
-    on the options and inputs in ``only``, or on all except those in ``without``.
+    on the options and inputs in ``only``, or on all except those in ``without``. ``given``: an option without which
+    there is no such part; empty for none.
     """
 
     folder: str | None
     only: frozenset[str] | None = None
     without: frozenset[str] = frozenset()
+    given: str = ""
 
     @property
     def name(self) -> str:

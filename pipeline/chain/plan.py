@@ -126,6 +126,7 @@ def _parts(
             }
         )
         for part in stage.command.spec.parts
+        if not part.given or part.given in meant
     }
 
 

@@ -218,7 +218,8 @@ class _Run:
             for part in stage.command.spec.parts:
                 if part.name in stale and part.folder is not None:
                     self._clear(stage, part.folder)
-            folders = {part.name for part in stage.command.spec.parts if part.folder is not None}
+            parts = [part for part in stage.command.spec.parts if part.name in known.begun]
+            folders = {part.name for part in parts if part.folder is not None}
             whole = not known.begun or folders <= stale
             known.origin = None if not known.begun or folders & stale else known.origin or known.product
             known.seconds = 0.0 if whole else None

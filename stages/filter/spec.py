@@ -49,7 +49,7 @@ FILTER = StageSpec(
         Output(SELECTION, "shards"),
     ),
     (
-        OutputFolder("sentences", only=keys("shards captions vlm vlm-engine vlm-mode vlm-arg dtype")),
+        OutputFolder("sentences", only=keys("shards captions vlm vlm-engine vlm-mode vlm-arg dtype"), given="vlm"),
         OutputFolder(
             "scores",
             without=keys("keep top by text shard-size index marks scores vlm vlm-engine vlm-mode vlm-arg"),

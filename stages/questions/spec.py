@@ -69,6 +69,7 @@ EVAL = StageSpec(
         OutputFolder(
             "checked",
             without=keys("reader reader-engine reader-arg reader-mode presentations clip cosine language-model"),
+            given="vlm",
         ),
         OutputFolder(None),
     ),

@@ -38,6 +38,10 @@ QA = of_outside("qa", {"model": "tiny/teacher", "engine": "transformers"}, shard
 EVAL = of_outside("eval", {"model": "tiny/captioner", "reader": "tiny/reader"}, shards="a", questions="b")
 ANNOTATE = of_outside("annotate", {"model": "tiny/captioner", "prompt": ["plain"]}, shards="a")
 TRAIN = of_outside("train", {"recipe": "tiny-caprl", "set": {"validation": None}}, shards="a", questions="b")
+SENTENCES = of_outside("filter", {"clip": "tiny/clip", "vlm": "tiny/teacher"}, shards="a", captions="b")
+CHECKED = of_outside(
+    "eval", {"model": "tiny/captioner", "reader": "tiny/reader", "vlm": "tiny/teacher"}, shards="a", questions="b"
+)
 NOTHING: set[str] = set()
 
 
@@ -66,6 +70,12 @@ NOTHING: set[str] = set()
         (EVAL, "config.clip=tiny/eval-clip", {"files"}),
         (EVAL, "config.reader=tiny/holdout-reader", {"graded", "files"}),
         (EVAL, "config.samples=2", {"captions", "graded", "files"}),
+        (EVAL, "config.vlm=tiny/teacher", {"files"}),  # and a folder more
+        (CHECKED, "config.reader=tiny/holdout-reader", {"graded", "files"}),
+        (CHECKED, "config.vlm=tiny/captioner", {"checked", "files"}),
+        (SENTENCES, "config.clip=tiny/eval-clip", {"scores", "shards"}),
+        (SENTENCES, "config.vlm=tiny/captioner", {"sentences", "shards"}),
+        (SENTENCES, "config.keep=vlm_min > 0.3", {"shards"}),
         (EVAL, "config.engine=transformers", NOTHING),
         (ANNOTATE, "config.engine=vllm", NOTHING),
         (ANNOTATE, "config.engine=http://127.0.0.1:1", {"all"}),
