@@ -19,6 +19,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import read_parquet
 from ...manifests.manifest import ShardRecord
+from ...manifests.withdrawal.applied import encodes_anew
 from ...stages import last_files
 from ...stages.export import energon
 from ...stages.export.card import CardWords, Contents, render
@@ -82,7 +83,7 @@ def _card(
             statistics.add(parquet)
     size = _source_size(source, records)
     shards = sum(bool(record.stats["samples"]) for record in records)
-    contents = Contents(format, shards, size, _images(records), notes)
+    contents = Contents(format, shards, size, _images(records), notes, encodes_anew(artifact))
     return render(words, contents, statistics, steps)
 
 

@@ -48,6 +48,7 @@ from ...runners.messages import Event
 from ...runners.placement import Placement
 from ...runners.shard_queue import JobResult
 from ...runners.worker import RowByRow, Stage
+from .image_formats import accepting
 
 Got = TypeVar("Got")
 
@@ -325,6 +326,7 @@ def plan(
     beside = beside or {}
     source = input_artifact(pattern)
     shards = join(expand(pattern, source), beside)
+    stage = accepting(stage, shards)
     semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
     semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
     run = {
