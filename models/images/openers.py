@@ -168,10 +168,11 @@ def _jp2(data: bytes) -> Opened:
 
 
 def _avif(data: bytes) -> Opened:
-    from PIL.AvifImagePlugin import AvifImageFile
+    from PIL import AvifImagePlugin
 
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there are as many decoding processes as cores
     picture = read_heif(data)
-    opened = _with_code_points(AvifImageFile(io.BytesIO(data)), picture)
+    opened = _with_code_points(AvifImagePlugin.AvifImageFile(io.BytesIO(data)), picture)
     opened.turned = picture.orientation
     return opened
 
@@ -179,10 +180,11 @@ def _avif(data: bytes) -> Opened:
 def _heic(data: bytes) -> Opened:
     """The primary image, which libheif turns upright while decoding."""
     try:
+        from pillow_heif import options
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError as error:
         raise _not_installed("heic", error) from None
-
+    options.DECODE_THREADS = 1
     return _with_code_points(HeifImageFile(io.BytesIO(data)), read_heif(data))
 
 

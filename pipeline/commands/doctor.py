@@ -107,6 +107,8 @@ def _libraries() -> Iterator[Check]:
         ("rensa", "capipe[dedup]", "to find near-duplicate texts"),
         ("diffusers", "capipe[diffusion]", "for the reconstruction reward"),
         ("peft", "capipe[lora]", "to train adapters"),
+        ("pillow_heif", "capipe[heif]", "to take HEIC images"),
+        ("pillow_jxl", "capipe[jxl]", "to take JPEG XL images"),
         ("ray", "capipe[ray]", "to run stages on a cluster"),
         ("fastapi", "capipe[view]", "to look at artifacts in a browser"),
     )
