@@ -189,21 +189,22 @@ def _heic(data: bytes) -> Opened:
 
 
 def _jxl(data: bytes) -> Opened:
-    """libjxl turns it upright while decoding, which opening does."""
+    """Opening decodes it. libjxl turns it upright, but for a JPEG that it restores from a recompressed one."""
     try:
-        from pillow_jxl.JpegXLImagePlugin import JXLImageFile
+        from pillow_jxl import JpegXLImagePlugin
     except ImportError as error:
         raise _not_installed("jxl", error) from None
+    JpegXLImagePlugin.DECODE_THREADS = 0
 
     try:
-        image = JXLImageFile(io.BytesIO(data))
+        image = JpegXLImagePlugin.JXLImageFile(io.BytesIO(data))
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a bug in its Rust code raises; no Exception
             raise
         raise ValueError(f"its decoder failed: {error}") from None
     if image.mode.startswith("RGB") and (image.info.get("icc_profile") or b"")[16:20] == b"CMYK":
         raise unsupported("a JPEG XL image in CMYK, of which its decoder leaves out the black")
-    return Opened(image)
+    return Opened(image, None if image.jpeg else 1)
 
 
 def _with_profile(image: ImageFile, profile: bytes) -> Opened:

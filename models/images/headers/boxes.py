@@ -41,8 +41,7 @@ def boxes(data: bytes, start: int, end: int) -> Iterator[Box]:
 def top_boxes(data: bytes) -> tuple[list[Box], bool]:
     """The boxes of a file, and whether it contains the last of them wholly."""
     found = list(boxes(data, 0, len(data)))
-    whole = bool(found) and found[-1].end <= len(data)
-    return found, whole and len(data) - found[-1].end < 8
+    return found, bool(found) and found[-1].end <= len(data) and not data[found[-1].end :].strip(b"\0")
 
 
 def children(data: bytes, box: Box, skip: int = 0) -> Iterator[Box]:

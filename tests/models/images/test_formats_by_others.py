@@ -28,7 +28,7 @@ def test_colors_are_within_two_levels_of_imagemagicks(path: Path) -> None:
     if (reason := missing(kind.name)) is not None:
         pytest.skip(reason)
     data = path.read_bytes()
-    expected = np.asarray(Image.open(io.BytesIO(path.with_suffix(".expected.png").read_bytes())).convert("RGB"))
+    expected = np.asarray(Image.open(io.BytesIO(path.with_name(f"{path.name}.png").read_bytes())).convert("RGB"))
     found = decode_upright(data, LIMITS)
     assert isinstance(found, Image.Image), found
     assert found.size == (expected.shape[1], expected.shape[0])

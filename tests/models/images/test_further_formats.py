@@ -142,7 +142,7 @@ def test_kinds_of_pixels() -> None:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (Image.new("F", (64, 64)), "signed or floating-point"),
+        (Image.new("F", (64, 64)), "32 bits a sample"),
         (Image.new("I", (64, 64)), "32 bits a sample"),
         (Image.new("LAB", (64, 64)), "photometric interpretation 8"),
     ],

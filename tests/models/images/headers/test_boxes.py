@@ -25,7 +25,7 @@ def test_sizes_of_all_kinds() -> None:
     found, whole = top_boxes(data)
     assert [kind for kind, _, _ in found] == [b"one ", b"two ", b"end "] and whole
     assert [data[start:end] for _, start, end in found] == [b"abc", b"de", b"rest"]
-    assert not top_boxes(data[:14])[1] and top_boxes(b"") == ([], False)
+    assert not top_boxes(data[:18])[1] and top_boxes(b"") == ([], False)
     assert not top_boxes(box(b"one ", b"abc", size=400))[1]
     assert list(boxes(data, 0, 11)) == [Box(b"one ", 8, 11)]
 
