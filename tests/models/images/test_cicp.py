@@ -95,3 +95,15 @@ def test_an_avif_with_code_points_alone() -> None:
 def test_high_dynamic_range_is_refused(transfer: int, name: str) -> None:
     data = with_code_points(encode(scene(96, 64), "AVIF"), 9, transfer)
     assert read_header(data) == ImageProblem(Status.UNSUPPORTED, f"an AVIF image with a high dynamic range ({name})")
+
+
+def test_a_heif_image_with_code_points_alone() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="the extra 'heif' is not installed")
+    heif.register_heif_opener()
+    picture, options = scene(96, 64), {"quality": -1, "chroma": 444, "matrix_coefficients": 0, "full_range_flag": 1}
+    data = encode(picture, "HEIF", color_primaries=12, transfer_characteristics=13, **options)
+    shown = decode_upright(data, ALL)
+    assert isinstance(shown, Image.Image)
+    assert apart(np.asarray(shown), expected(picture, P3)) <= 2
+    data = encode(picture, "HEIF", color_primaries=9, transfer_characteristics=16, **options)
+    assert read_header(data) == ImageProblem(Status.UNSUPPORTED, "a HEIF image with a high dynamic range (PQ)")
