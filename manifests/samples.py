@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from .files.compressed import Digest
+from .files.image_types import IMAGE_EXTENSIONS
 from .files.tar import Member, Wanted, scan, without_controls
 from .status import Status
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif", "ppm")
 TEXT_EXTENSIONS = ("txt", "caption")  # of caption files beside an image, the more likely first
 META_EXTENSIONS = ("json",)
 SIDECAR_EXTENSIONS = (*TEXT_EXTENSIONS, *META_EXTENSIONS)

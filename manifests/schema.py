@@ -35,12 +35,24 @@ INGEST = pa.schema(
         pa.field("phash", pa.string()),  # 64-bit perceptual hash, 16 hex
         pa.field("width", pa.int32()),  # upright, after EXIF rotation
         pa.field("height", pa.int32()),
-        pa.field("format", pa.string()),  # jpg, png or webp, by content
+        pa.field("format", pa.string()),  # jpg, png, webp, or a name of manifests/files/image_types.py; by content
         pa.field("text", pa.string()),  # the original caption
         pa.field("url", pa.string()),
         pa.field("source", pa.string()),  # the file, tar member or table row of origin
     ]
 )
+
+#: Images of which those in further formats were encoded anew: all other columns are of what is stored.
+TRANSCODED = pa.schema(
+    [
+        *INGEST,
+        pa.field("original_sha256", pa.string()),  # of the bytes that came; null where they are stored
+        pa.field("original_format", pa.string()),
+    ]
+)
+
+#: Column of exports that encoded images anew: the uid of each image in their source.
+SOURCE_UID = "source_uid"
 
 #: Data about an image that dedup keeps between its two passes.
 HASHES = pa.schema(

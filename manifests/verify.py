@@ -24,9 +24,10 @@ from .files.storage import Folder
 from .files.store_errors import StoreUnavailable
 from .manifest import ShardRecord, made_of
 from .samples import Sample, read_samples
-from .schema import check
+from .schema import SOURCE_UID, check
 from .shards import ROWS, SizedDigest, uid_of
 from .status import Status
+from .withdrawal.applied import encodes_anew
 
 _UNKNOWN = ArtifactSpec("", "")
 NO_SPECS: Mapping[str, ArtifactSpec] = {}
@@ -328,7 +329,9 @@ def _conservation(
         return
     name = f"{record.shard}.parquet"
     try:
-        ours = _identity(artifact, record.shard, spec.source_key or "key")
+        ours = _identity(
+            artifact, record.shard, spec.source_key or "key", SOURCE_UID if encodes_anew(artifact) else "uid"
+        )
         theirs = pa.concat_tables(_rows_of(source, entry) for entry in made_of(record))
     except (CapipeError, OSError, KeyError, pa.ArrowException) as error:
         yield f"{name}: cannot be compared with its input {source.url} ({error})"
@@ -349,10 +352,10 @@ def _is_older(entry: Mapping[str, Any], replaced: Mapping[str, set[str]]) -> boo
     return bool({entry["digest"], entry.get(ROWS)} & replaced.get(entry["name"], set()))
 
 
-def _identity(artifact: Artifact, shard: str, key: str) -> pa.Table:
-    """Keys and uids of a shard's rows."""
-    table = artifact.table(shard, [key, "uid"])
-    return pa.table({"key": table.column(key), "uid": table.column("uid")})
+def _identity(artifact: Artifact, shard: str, key: str, uid: str = "uid") -> pa.Table:
+    """Keys and uids of a shard's rows, from columns of these names."""
+    table = artifact.table(shard, [key, uid])
+    return pa.table({"key": table.column(key), "uid": table.column(uid)})
 
 
 def _leftovers(artifact: Artifact, records: Mapping[str, ShardRecord], report: VerifyReport) -> None:

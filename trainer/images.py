@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import RunFailed
 from ..models.engines.base import ImageInput
-from ..models.images.decode import ImageLimits
+from ..models.images.decode import EVERYTHING, ImageLimits
 from ..models.images.decode_pool import DecodePool, grid_decoder
 from ..models.images.formats import ImageProblem
 from ..models.images.grid import ImageGrid
@@ -29,7 +29,7 @@ class Pictures:
 
     def __init__(self, grid: ImageGrid | None, processes: int = 1, lossless: bool = False) -> None:
         self._lossless = lossless
-        self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits()))
+        self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits(accept=EVERYTHING)))
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
     async def of(self, example: Example) -> ImageInput:

@@ -18,6 +18,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -32,6 +33,7 @@ from ..files.tar import BLOCK, Member, printable, scan
 from ..joining.packed_uids import DIGITS
 from ..replacing import REDO
 from ..samples import split_name
+from ..schema import SOURCE_UID
 from ..shards import uid_of
 from ..status import Status
 from .applied import NOTE
@@ -44,6 +46,7 @@ _ROWS, _IMAGES = 10_000, 100  # rows of a Parquet file held at a time; those wit
 _PARTS, _REDO = f"{PRIVATE}/parts/", f"/{PRIVATE}/{REDO}/"
 _KEYS = ("key", "uid")
 _LANCE, _VERSION = b"LANC", ".manifest"  # last bytes of Lance's files, also of a table's versions, which hold no row
+_UIDS = ("uid", SOURCE_UID)  # the second of exports that encoded images anew
 
 
 @dataclass
@@ -161,7 +164,7 @@ class _File:
             meta = bounded_json.parse(member.data)
         except ValueError:
             return False
-        return isinstance(meta, dict) and meta.get("uid") in self.uids
+        return isinstance(meta, dict) and any(meta.get(name) in self.uids for name in _UIDS)
 
     def _of_bytes(self, head: bytes, stream: BinaryIO) -> Iterator[str]:
         digest = hashlib.sha256(head)
@@ -214,7 +217,7 @@ class _File:
             row += len(batch)
 
     def _of_rows(self, batch: pa.RecordBatch, start: int) -> Iterator[str]:
-        for index in np.flatnonzero(self.uids.mask(batch.column("uid"))).tolist():
+        for index in np.flatnonzero(self._listed(batch)).tolist():
             row = batch.slice(index, 1).to_pylist()[0]
             if is_tombstone(row):
                 self.report.rows += 1
@@ -252,7 +255,8 @@ class _File:
                     yield f"line {number} is of a listed image, or of its row"
 
     def _tells_of(self, row: Mapping[str, Any], keys: frozenset[str]) -> bool:
-        return _key(row) in keys or (row.get("uid") in self.uids and not is_tombstone(row))
+        listed = any(row.get(name) in self.uids for name in _UIDS)
+        return _key(row) in keys or (listed and not is_tombstone(row))
 
     def _withdrawn_keys(self, shard: str) -> frozenset[str]:
         """Keys of listed uids by the Parquet of a shard of ours, whose keys are unique; none if there is no Parquet."""
@@ -262,8 +266,15 @@ class _File:
         with parquet_file(self.folder, name) as parquet:
             if not {*_KEYS} <= {*parquet.schema_arrow.names}:
                 return frozenset()
-            table = parquet.read(columns=list(_KEYS), use_threads=False)
-        return frozenset(table.column("key").filter(pa.array(self.uids.mask(table.column("uid")))).to_pylist())
+            columns = [name for name in _UIDS if name in parquet.schema_arrow.names]
+            table = parquet.read(columns=["key", *columns], use_threads=False)
+        return frozenset(table.column("key").filter(pa.array(self._listed(table))).to_pylist())
+
+    def _listed(self, rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
+        """Whether each row is of a listed image."""
+        columns = [rows.column(name) for name in _UIDS if name in rows.schema.names]
+        listed: npt.NDArray[np.bool_] = np.logical_or.reduce([self.uids.mask(column) for column in columns])
+        return listed
 
 
 def is_tombstone(row: Mapping[str, Any]) -> bool:

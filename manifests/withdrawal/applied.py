@@ -9,17 +9,20 @@ configuration notes when all are done; until then the same command finds those t
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import ArtifactMismatch, BadInput
 from ..artifact import Artifact
 from ..files.storage import PRIVATE, Folder
 from ..manifest import ShardRecord
+from ..schema import SOURCE_UID
 from ..status import Status
 from .uid_set import EMPTY, UidSet
 
@@ -137,10 +140,27 @@ def _note(artifact: Artifact, uids: UidSet, *, checked: bool) -> None:
         artifact.note(**{NOTE: note})
 
 
+def encodes_anew(artifact: Artifact) -> bool:
+    """True of an export that encoded images anew: its rows have the uids of their source as well."""
+    options = artifact.config["semantic"].get("export")
+    return isinstance(options, dict) and options.get("transcode") is not None
+
+
+def _uids(artifact: Artifact, table: pa.Table) -> Iterator[pa.ChunkedArray]:
+    """The columns by which a row may be listed."""
+    yield table.column("uid")
+    if encodes_anew(artifact):
+        yield table.column(SOURCE_UID)
+
+
+def _listing(artifact: Artifact, shard: str) -> pa.Table:
+    return artifact.table(shard, ["uid", "status", *([SOURCE_UID] if encodes_anew(artifact) else [])])
+
+
 def _is_touched(artifact: Artifact, shard: str, uids: UidSet) -> bool:
-    table = artifact.table(shard, ["uid", "status"])
+    table = _listing(artifact, shard)
     standing = np.array(pc.not_equal(table.column("status"), str(Status.WITHDRAWN)), dtype=bool)
-    return bool((uids.mask(table.column("uid")) & standing).any())
+    return any(bool((uids.mask(column) & standing).any()) for column in _uids(artifact, table))
 
 
 def matched(artifact: Artifact, uids: UidSet) -> tuple[int, int]:
@@ -149,8 +169,9 @@ def matched(artifact: Artifact, uids: UidSet) -> tuple[int, int]:
     for record in artifact.committed().values():
         if record.rows.get(Status.WITHDRAWN):
             rows += record.rows[Status.WITHDRAWN]
-            table = artifact.table(record.shard, ["uid", "status"])
-            own = table.column("uid").filter(pc.equal(table.column("status"), str(Status.WITHDRAWN)))
-            places = uids.places(own)
-            found[places[places >= 0]] = True
+            table = _listing(artifact, record.shard)
+            gone = pc.equal(table.column("status"), str(Status.WITHDRAWN))
+            for column in _uids(artifact, table):
+                places = uids.places(column.filter(gone))
+                found[places[places >= 0]] = True
     return rows, int(found.sum())

@@ -13,12 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..schema import SOURCE_UID
 from ..shards import InputShard, Row, RowReader
 from ..status import Status
 from .uid_set import EMPTY, UidSet
 
 REASON = "its uid is on a list of withdrawn images (--drop)"
-KEPT = frozenset({"key", "uid", "status", "error", "source_shard", "source_key"})  # columns of a withdrawn row
+KEPT = frozenset(
+    {"key", "uid", "status", "error", "source_shard", "source_key", SOURCE_UID}
+)  # columns of a withdrawn row
 
 
 class WithdrawingReader:

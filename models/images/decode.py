@@ -1,6 +1,7 @@
 """Decoding of image bytes: a verdict, a perceptual hash or model-ready pixels. Pure functions, nothing is cached.
 
-Pixels are what a viewer shows: upright, in sRGB, eight bits per channel, transparency over white.
+Pixels are what a viewer shows: upright, in sRGB, eight bits per channel, transparency over white; of an animation the
+first frame, of several pages the first.
 
 JPEGs are scaled inside the DCT while they are decoded, which is where most of the time goes. Imported by decoding
 processes, so it must stay light: numpy and Pillow, no torch.
@@ -10,41 +11,29 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import warnings
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
+from ...manifests.files.image_types import COMMON, FURTHER
 from ...manifests.status import Status
-from .formats import Format, Header, ImageProblem, read_header
+from .encoding import Encoding, encoded
+from .formats import Format, Header, ImageProblem, not_accepted, read_header, sniff
 from .grid import ImageGrid
+from .headers.structure import UnusableImage
 from .icc import Conversion, srgb_conversion
-from .png import may_be_turned, open_png
+from .openers import DECODE_ERRORS, Opened, open_image
+from .png import may_be_turned
 
 Pixels = npt.NDArray[np.uint8]
 
 MAX_GRID_ASPECT = 200.0  # Qwen's processors refuse longer strips
+ANIMATED = "animated"  # among accepted formats: the first frames of animated PNG and WebP images
+#: What stages take of shards that capipe wrote: `ingest` decided what is in them.
+EVERYTHING = frozenset((*COMMON, *FURTHER, ANIMATED))
 
-# Opened by class instead of Image.open: the format is known, Image.open's own pixel limit raises or warns at sizes that
-# are not ours, and it would read a phone's two-image JPEG (MPO) as an animation.
-_OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
-    "jpg": lambda data: JpegImageFile(io.BytesIO(data)),
-    "png": open_png,
-    "webp": lambda data: WebPImageFile(io.BytesIO(data)),
-}
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
-_EXIF_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError)
-_EXIF_ORIENTATION = 0x0112
-# Pillow warns of every photo with damaged EXIF, once per process, in the middle of the progress display.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,6 +43,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_UNREADABLE = (*DECODE_ERRORS, UnusableImage)
 _PLAIN_MODES = ("RGB", "L", "P", "1")
 _PNG_DEPTH_AT = 24  # offset of the bits per channel
 _LOSSLESS_PIXELS = 4_000_000  # PNGs of this many pixels are 5 to 10 MB
@@ -66,21 +56,39 @@ _DCT: npt.NDArray[np.float64] = 2 * np.cos(
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits for accepted images: sides in pixels, ``max_aspect`` is the longer side over the shorter."""
+    """Limits for accepted images: sides in pixels, ``max_aspect`` is the longer side over the shorter.
+
+    ``accept``: names of formats, and :data:`ANIMATED`. Of formats beyond the common three, first frames and pages are
+    always taken.
+    """
 
     max_image_pixels: int = 100_000_000
     min_side: int = 16
     max_aspect: float = MAX_GRID_ASPECT
+    accept: frozenset[str] = frozenset(COMMON)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcoded:
+    """An image encoded anew: ``data``. ``original``: the format that it had."""
+
+    data: bytes
+    original: Format
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """A valid image. ``width`` and ``height`` are upright (after EXIF rotation); ``phash`` is 16 hex digits."""
+    """A valid image. ``width`` and ``height`` are upright (after rotation); ``phash`` is 16 hex digits.
+
+    ``frames``: of which it is the first. ``transcoded``: what the other fields describe, if it is not the image given.
+    """
 
     format: Format
     width: int
     height: int
     phash: str
+    frames: int = 1
+    transcoded: Transcoded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +100,40 @@ class Thumbnail:
     height: int
 
 
-def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
-    """Decode all of ``data`` (every entropy-coded byte, to detect truncation), scaled down as far as hashing allows."""
+def check(data: bytes, limits: ImageLimits, encoding: Encoding | None = None) -> ImageInfo | ImageProblem:
+    """Decode all of ``data`` (every entropy-coded byte, to detect truncation), scaled down as far as hashing allows.
+
+    ``encoding``: how to encode images anew that not all readers take: other formats than the common three, animations.
+    """
     header = _accept(data, limits)
     if isinstance(header, ImageProblem):
         return header
+    if encoding is not None and (header.format not in COMMON or header.frames > 1):
+        return _transcoded(data, header, limits, encoding)
     try:
-        image = _OPENERS[header.format](data)
-        conversion = srgb_conversion(image)
-        image.draft("RGB" if conversion else "L", (_HASH_SIDE, _HASH_SIDE))
-        image.load()
-        orientation = _orientation(image)
+        opened = _opened(data, header, limits)
+        conversion = srgb_conversion(opened.image)
+        size = opened.image.size
+        opened.draft("RGB" if conversion else "L", (_HASH_SIDE, _HASH_SIDE))
+        image = opened.load()
+        orientation = opened.orientation()
         plain = image.mode == "L" and not image.has_transparency_data and not conversion
         grey = image if plain else _to_rgb(image, conversion).convert("L")
-    except DECODE_ERRORS as error:
+    except _UNREADABLE as error:
         return _undecodable(error)
-    width, height = header.width, header.height
-    if orientation >= 5:
-        width, height = height, width
-    return ImageInfo(header.format, width, height, phash(_upright(grey, orientation)))
+    width, height = size if orientation < 5 else size[::-1]
+    return ImageInfo(header.format, width, height, phash(_upright(grey, orientation)), header.frames)
+
+
+def _transcoded(data: bytes, header: Header, limits: ImageLimits, encoding: Encoding) -> ImageInfo | ImageProblem:
+    try:
+        stored = encoded(_as_shown(_opened(data, header, limits)), encoding)
+    except _UNREADABLE as error:
+        return _undecodable(error)
+    found = check(stored, limits)
+    if isinstance(found, ImageProblem):
+        return found
+    return replace(found, frames=header.frames, transcoded=Transcoded(stored, header.format))
 
 
 def decode_upright(data: bytes, limits: ImageLimits) -> Image.Image | ImageProblem:
@@ -125,21 +148,30 @@ def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail |
     if isinstance(header, ImageProblem):
         return header
     try:
-        image = _OPENERS[header.format](data)
+        opened = _opened(data, header, limits)
+        size = opened.image.size
         if side is not None:
-            image.draft("RGB", (side, side))
-        shown = as_shown(image)
-    except DECODE_ERRORS as error:
+            opened.draft("RGB", (side, side))
+        shown = _as_shown(opened)
+    except _UNREADABLE as error:
         return _undecodable(error)
-    turned = _orientation(image) >= 5
-    size = (header.height, header.width) if turned else (header.width, header.height)
-    return Thumbnail(shown, *size)
+    return Thumbnail(shown, *(size if opened.orientation() < 5 else size[::-1]))
 
 
-def as_shown(image: ImageFile) -> Image.Image:
-    """An opened image, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
-    image.load()
-    return _upright(_to_rgb(image, srgb_conversion(image)), _orientation(image))
+def _opened(data: bytes, header: Header, limits: ImageLimits) -> Opened:
+    """Raises UnusableImage, also for a size beyond the limits that only the decoder found, and DECODE_ERRORS."""
+    opened = open_image(data, header.format)
+    width, height = opened.image.size
+    if (problem := _too_large(width, height, limits)) is not None:
+        raise UnusableImage(problem.status, problem.reason)
+    return opened
+
+
+def _as_shown(opened: Opened) -> Image.Image:
+    """An opened image, upright and in RGB. Raises UnusableImage, DECODE_ERRORS."""
+    conversion = srgb_conversion(opened.image)
+    image = opened.load()
+    return _upright(_to_rgb(image, conversion), opened.orientation())
 
 
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
@@ -153,17 +185,17 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
     if max(header.width, header.height) > MAX_GRID_ASPECT * min(header.width, header.height):
         return _too_thin(header, MAX_GRID_ASPECT)
     try:
-        image = _OPENERS[header.format](data)
-        orientation = _orientation(image)
+        opened = _opened(data, header, limits)
+        orientation = opened.orientation()
+        across, down = opened.image.size
         if orientation >= 5:
-            width, height = grid_size(header.width, header.height, grid)
+            width, height = grid_size(across, down, grid)
         else:
-            height, width = grid_size(header.height, header.width, grid)
-        drafted = image.draft("RGB", (width, height)) if dct_scaling else None
-        conversion = srgb_conversion(image)
-        image.load()
-        rgb = _to_rgb(image, conversion)
-    except DECODE_ERRORS as error:
+            height, width = grid_size(down, across, grid)
+        drafted = opened.draft("RGB", (width, height)) if dct_scaling else None
+        conversion = srgb_conversion(opened.image)
+        rgb = _to_rgb(opened.load(), conversion)
+    except _UNREADABLE as error:
         return _undecodable(error)
     if rgb.size != (width, height):
         # Half of 333 pixels are decoded to 167, of which 166.5 are image: without the box everything would shift.
@@ -172,22 +204,26 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether all readers show ``data`` as it is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
+    """Whether all readers show ``data`` as it is shown here: a common format, upright, sRGB, eight bits, no
+    transparency, not CMYK, no animation.
 
     Decodes only where metadata may rotate the image. True for what cannot be opened: there is nothing to show.
     """
     header = read_header(data)
-    if isinstance(header, ImageProblem) or not header.complete or header.frames > 1:
+    if isinstance(header, ImageProblem) or not header.complete:
         return True
+    if header.format not in COMMON or header.frames > 1:
+        return False
     try:
-        image = _OPENERS[header.format](data)
+        opened = open_image(data, header.format)
+        image = opened.image
         odd = image.mode not in _PLAIN_MODES or image.has_transparency_data or srgb_conversion(image) is not None
         if header.format == "png":
             odd = odd or data[_PNG_DEPTH_AT] > 8
-            turned = may_be_turned(data) and _orientation(image) != 1  # which decodes all of it
+            turned = may_be_turned(data) and opened.orientation() != 1  # which decodes all of it
         else:
-            turned = _orientation(image) != 1
-    except DECODE_ERRORS:
+            turned = opened.orientation() != 1
+    except _UNREADABLE:
         return True
     return not odd and not turned
 
@@ -213,6 +249,11 @@ def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
 
 def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
     """Header of an image that may be decoded; problems that show without decoding are refused here."""
+    kind = sniff(data)
+    if isinstance(kind, ImageProblem):
+        return kind
+    if kind not in limits.accept:
+        return not_accepted(kind)
     header = read_header(data)
     if isinstance(header, ImageProblem):
         return header
@@ -222,12 +263,11 @@ def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
 def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | None:
     """Why an image with this header, in a file of ``length`` bytes, is not to be decoded; None where it may be."""
     width, height = header.width, header.height
-    if width * height > limits.max_image_pixels:
-        size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-        return ImageProblem(Status.TOO_LARGE, f"{size}, over the limit of {limits.max_image_pixels / 1e6:g}")
+    if (problem := _too_large(width, height, limits)) is not None:
+        return problem
     if not header.complete:
         return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {length} bytes, before its end mark")
-    if header.frames > 1:
+    if header.frames > 1 and header.format in COMMON and ANIMATED not in limits.accept:
         return ImageProblem(Status.UNSUPPORTED, f"animated image ({header.frames} frames)")
     if min(width, height) < limits.min_side:
         return ImageProblem(Status.TOO_SMALL, f"{width}x{height}: the shorter side is under {limits.min_side} pixels")
@@ -236,12 +276,21 @@ def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | 
     return None
 
 
+def _too_large(width: int, height: int, limits: ImageLimits) -> ImageProblem | None:
+    if width * height <= limits.max_image_pixels:
+        return None
+    size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+    return ImageProblem(Status.TOO_LARGE, f"{size}, over the limit of {limits.max_image_pixels / 1e6:g}")
+
+
 def _too_thin(header: Header, limit: float) -> ImageProblem:
     reason = f"{header.width}x{header.height}: one side is more than {limit:g} times the other"
     return ImageProblem(Status.UNSUPPORTED, reason)
 
 
 def _undecodable(error: Exception) -> ImageProblem:
+    if isinstance(error, UnusableImage):
+        return ImageProblem(error.status, error.reason)
     if "out of memory" in str(error):  # Pillow's message for failed allocations of libjpeg and zlib
         return ImageProblem(Status.READ_ERROR, f"cannot be decoded now: {error}")
     return ImageProblem(Status.CORRUPT, f"cannot be decoded: {error or type(error).__name__}")
@@ -253,19 +302,10 @@ def upright_header(data: bytes) -> Header | ImageProblem:
     if isinstance(header, ImageProblem) or (header.format == "png" and not may_be_turned(data)):
         return header
     try:
-        turned = _orientation(_OPENERS[header.format](data)) >= 5
-    except DECODE_ERRORS as error:
+        turned = open_image(data, header.format).orientation() >= 5
+    except _UNREADABLE as error:
         return _undecodable(error)
     return replace(header, width=header.height, height=header.width) if turned else header
-
-
-def _orientation(image: ImageFile) -> int:
-    """EXIF orientation, 1 to 8. A damaged EXIF block says nothing about the pixels, so it counts as upright."""
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except _EXIF_ERRORS:
-        return 1
-    return value if value in _TRANSPOSE else 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

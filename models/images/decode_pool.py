@@ -35,13 +35,16 @@ def decode_batch(
 ) -> tuple[list[Result | ImageProblem], float]:
     """Runs in the worker; one result per image, and the seconds they took. An image's error becomes its problem.
 
-    Out of memory says nothing about the image: a ``read_error``, like anything that kills the process.
+    Out of memory says nothing about the image: a ``read_error``, like anything that kills the process. Raises RunFailed
+    for a format whose decoder is not installed.
     """
     started = time.perf_counter()
     results: list[Result | ImageProblem] = []
     for data in images:
         try:
             results.append(decode(data))
+        except RunFailed:  # a decoder that is not installed: nothing about the image
+            raise
         except MemoryError as error:
             results.append(ImageProblem(Status.READ_ERROR, f"out of memory: {error}".rstrip(": ")))
         except Exception as error:  # a decoder's bug: recorded in the row, the others go on

@@ -7,30 +7,43 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ...manifests.files.image_types import IMAGE_TYPES
 from ...manifests.status import Status
+from .headers.bmp import read_bmp, read_ico
+from .headers.gif import read_gif
+from .headers.heif import HIGH_RANGE, brand, read_heif
+from .headers.jp2 import read_jp2
+from .headers.jxl import read_jxl
+from .headers.structure import Structure, UnusableImage, unsupported
+from .headers.tiff import read_tiff
 
-Format = Literal["jpg", "png", "webp"]
+Format = Literal["jpg", "png", "webp", "avif", "gif", "bmp", "tiff", "heic", "jxl", "jp2", "ico"]
 
-MEDIA_TYPES: dict[str, str] = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 HEAD_BYTES = 4096  # enough bytes to identify any file's kind
 MAX_JPEG_SCANS = 500  # every scan is a pass over the whole image; encoders write 1 to 20, bombs thousands
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_MAGIC: tuple[tuple[bytes, Format], ...] = (
+    (b"\xff\xd8\xff", "jpg"),
+    (_PNG, "png"),
+    (b"GIF8", "gif"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),  # BigTIFF
+    (b"MM\0+", "tiff"),
+    (b"\0\0\1\0", "ico"),
+    (b"\0\0\0\x0cjP  ", "jp2"),
+    (b"\xff\x0a", "jxl"),
+    (b"\0\0\0\x0cJXL ", "jxl"),
+    (b"BM", "bmp"),
+)
 # Other files found in web crawls, by their first bytes. Order matters only where one entry is a prefix of another.
 _OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"GIF8", "a GIF image"),
-    (b"BM", "a BMP image"),
-    (b"II*\0", "a TIFF image"),
-    (b"MM\0*", "a TIFF image"),
-    (b"II+\0", "a TIFF image"),
     (b"8BPS", "a Photoshop file"),
-    (b"\0\0\1\0", "an icon (ICO)"),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
-    (b"\xff\x0a", "a JPEG XL image"),
-    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
     (b"%PDF", "a PDF document"),
     (b"%!PS", "a PostScript document"),
     (b"PK\3\4", "a zip archive"),
@@ -45,13 +58,6 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x7fELF", "a program"),
     (b"\x1aE\xdf\xa3", "a Matroska video"),
 )
-_FILE_TYPE_BRANDS = {
-    b"avif": "an AVIF image",
-    b"avis": "an AVIF image",
-    b"heic": "a HEIF image",
-    b"heix": "a HEIF image",
-    b"mif1": "a HEIF image",
-}
 _MARKUP = re.compile(rb"<(svg|!doctype\s+html|html|head|body|\?xml|!--)", re.IGNORECASE)
 # Start-of-frame markers of a JPEG: those libjpeg decodes at 8 bits a sample, and those it does not.
 _SOF_DECODED = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
@@ -69,9 +75,9 @@ class ImageProblem:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """``width`` and ``height`` in pixels as stored (before EXIF rotation); ``frames`` > 1 for an animation.
+    """``width`` and ``height`` in pixels as stored (before rotation); ``frames`` > 1 for an animation, or for pages.
 
-    ``complete``: whether the file contains the end of its structure; known for PNG only.
+    ``complete``: whether the file contains the end of its structure; known where a format's structure says it.
     """
 
     format: Format
@@ -85,22 +91,22 @@ def sniff(data: bytes) -> Format | ImageProblem:
     """The format of an image by its first bytes; for other files a problem that names what they look like."""
     if not data:
         return ImageProblem(Status.CORRUPT, "zero bytes")
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == _PNG:
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
+    kind = _format(data[:HEAD_BYTES])
+    if kind is not None:
+        return kind
     if len(data) < 12 and (_PNG.startswith(data) or data[:2] == b"\xff\xd8" or data[:4] == b"RIFF"):
         return ImageProblem(Status.CORRUPT, f"truncated: only {len(data)} bytes")
     if not data[:HEAD_BYTES].strip(b"\0"):
         return ImageProblem(Status.CORRUPT, f"the first {min(len(data), HEAD_BYTES)} bytes are zeros")
-    return ImageProblem(Status.UNSUPPORTED, f"not a JPEG, PNG or WebP image: {described(data)}")
+    return ImageProblem(Status.UNSUPPORTED, f"{_UNCOMMON}: {_describe(data[:HEAD_BYTES])}")
 
 
-def described(data: bytes) -> str:
-    """Description of a file that is no JPEG, PNG or WebP."""
-    return _describe(data[:HEAD_BYTES])
+_UNCOMMON = "not a JPEG, PNG or WebP image"
+
+
+def not_accepted(kind: Format) -> ImageProblem:
+    """The problem of a sound image in a format that is not accepted."""
+    return ImageProblem(Status.UNSUPPORTED, f"{_UNCOMMON}: {IMAGE_TYPES[kind].words}")
 
 
 def no_image(head: bytes) -> str | None:
@@ -112,7 +118,16 @@ def no_image(head: bytes) -> str | None:
     if not isinstance(sniffed, ImageProblem) or sniffed.status is not Status.UNSUPPORTED:
         return None
     kind = _describe(head[:HEAD_BYTES])
-    return None if kind.endswith((" image", "(ICO)", " drawing", "Photoshop file")) else kind
+    return None if kind.endswith((" drawing", "Photoshop file")) else kind
+
+
+def _format(head: bytes) -> Format | None:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    by_brand = brand(head)
+    if by_brand is not None:
+        return "avif" if by_brand == "avif" else "heic"
+    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
 
 
 def _describe(head: bytes) -> str:
@@ -120,7 +135,7 @@ def _describe(head: bytes) -> str:
         if head.startswith(magic):
             return name
     if head[4:8] == b"ftyp":
-        return _FILE_TYPE_BRANDS.get(head[8:12], "an MP4 or QuickTime file")
+        return "an MP4 or QuickTime file"
     if head[257:262] == b"ustar":
         return "a tar archive"
     markup = _MARKUP.search(head) if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") else None
@@ -145,7 +160,9 @@ def read_header(data: bytes) -> Header | ImageProblem:
     if isinstance(kind, ImageProblem):
         return kind
     try:
-        header = {"jpg": _jpeg_header, "png": _png_header, "webp": _webp_header}[kind](data)
+        header = _READERS[kind](data) if kind in _READERS else Header(kind, *_STRUCTURES[kind](data))
+    except UnusableImage as problem:
+        return ImageProblem(problem.status, problem.reason)
     except (struct.error, IndexError):
         return ImageProblem(Status.CORRUPT, f"truncated: the file ends in the headers ({len(data)} bytes)")
     if isinstance(header, Header) and (header.width < 1 or header.height < 1):
@@ -226,3 +243,32 @@ def _webp_header(data: bytes) -> Header | ImageProblem:
 
 def _uint24(data: bytes, at: int) -> int:
     return data[at] | data[at + 1] << 8 | data[at + 2] << 16
+
+
+def _heif_structure(data: bytes) -> Structure:
+    """Also refuses colors that have no place in sRGB, and what only some decoders crop."""
+    picture = read_heif(data)
+    kind = "an AVIF image" if brand(data[:HEAD_BYTES]) == "avif" else "a HEIF image"
+    bright = None if picture.cicp is None or picture.profiled else HIGH_RANGE.get(picture.cicp[1])
+    if bright is not None:
+        raise unsupported(f"{kind} with a high dynamic range ({bright})")
+    if picture.cropped and kind == "an AVIF image":
+        raise unsupported("an AVIF image with a clean aperture, which its decoder ignores")
+    return picture.structure
+
+
+_READERS: Mapping[Format, Callable[[bytes], Header | ImageProblem]] = {
+    "jpg": _jpeg_header,
+    "png": _png_header,
+    "webp": _webp_header,
+}
+_STRUCTURES: Mapping[Format, Callable[[bytes], Structure]] = {
+    "avif": _heif_structure,
+    "heic": _heif_structure,
+    "gif": lambda data: read_gif(data).structure,
+    "bmp": read_bmp,
+    "ico": read_ico,
+    "tiff": read_tiff,
+    "jxl": read_jxl,
+    "jp2": lambda data: read_jp2(data).structure,
+}

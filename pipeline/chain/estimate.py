@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.files.image_types import IMAGE_EXTENSIONS
 from ...manifests.files.storage import open_parquet
-from ...manifests.samples import IMAGE_EXTENSIONS
 from ..inspect.chain_state import ChainState
 from ..inspect.costs import stage_cost
 from .plan import Planned, artifact_folders, committed_rows, located

@@ -108,6 +108,8 @@ def _libraries() -> Iterator[Check]:
         ("lance", "capipe[lance]", "to export Lance tables"),
         ("diffusers", "capipe[diffusion]", "for the reconstruction reward"),
         ("peft", "capipe[lora]", "to train adapters"),
+        ("pillow_heif", "capipe[heif]", "to take HEIC images"),
+        ("pillow_jxl", "capipe[jxl]", "to take JPEG XL images"),
         ("ray", "capipe[ray]", "to run stages on a cluster"),
         ("fastapi", "capipe[view]", "to look at artifacts in a browser"),
     )

@@ -46,6 +46,13 @@ class ExportOptions:
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Most pairs of a shard; by default the shards stay as they are.")
     ] = None
+    transcode: Annotated[
+        str | None,
+        typer.Option(help="Encode images that not all readers decode anew, as jpeg, webp or png; else refused."),
+    ] = None
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of --transcode jpeg and webp; 95 by default.")
+    ] = None
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
     ] = False
@@ -66,11 +73,12 @@ def check(options: ExportOptions) -> CardWords:
     """User-provided fields of the card. Does not access the data. Raises BadInput, also for a bad format option."""
     from ...stages.export.card import CardWords
     from ...stages.export.formats import writer_class
-    from ..jobs.export import check_extension
+    from ..jobs.export_images import check_encoding, check_extension
 
     options.run.check()
     writer_class(options.format, "--format").check()
     check_extension(options.image_extension)
+    check_encoding(options.transcode, options.quality)
     title = options.title or options.out.rstrip("/").rpartition("/")[2]
     return CardWords(
         title,
@@ -83,8 +91,9 @@ def check(options: ExportOptions) -> CardWords:
 
 @flattened
 def export(options: ExportOptions) -> None:
-    """Write finished shards in formats that trainers read, with a dataset card; image bytes are unchanged."""
+    """Write finished shards in formats that trainers read, with a dataset card; image bytes stay as they are."""
     from ..jobs.export import execute_export, finish, plan_export
+    from ..jobs.export_images import check_encoding
     from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
@@ -96,6 +105,8 @@ def export(options: ExportOptions) -> None:
         words,
         image_extension=options.image_extension,
         shard_size=options.shard_size,
+        transcode=check_encoding(options.transcode, options.quality),
+        quality=options.quality,
         link=options.link,
         images=options.images or (),
         drop=drop,

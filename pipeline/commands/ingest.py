@@ -55,9 +55,19 @@ class ShardOptions:
     """Options for the contents of shards, named as in IngestConfig."""
 
     shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Convert GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF images to PNG.")
-    ] = False
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            help="Take these, too, separated by commas: avif, gif, bmp, tiff, heic, jxl, jp2, ico, animated; or all."
+        ),
+    ] = None
+    transcode: Annotated[
+        str | None,
+        typer.Option(help="Encode what --accept adds anew: as jpeg, webp or png; else bytes are kept."),
+    ] = None
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Of --transcode jpeg and webp; 95 by default.")
+    ] = None
     min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16
     max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8
     max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0
@@ -101,15 +111,20 @@ class IngestOptions:
     ]
     out: Out
     sharding: ShardOptions
+    convert: Annotated[bool, typer.Option("--convert", hidden=True)] = False
     run: TaskOptions
 
 
 def check(options: IngestOptions) -> IngestConfig:
     """The stage's config. Does not access the data. Raises BadInput."""
+    from ...stages.ingest.accept import accepted
     from ...stages.ingest.shard import IngestConfig
 
     options.run.check()
-    return validated(IngestConfig, **settings(options.sharding))
+    if options.convert:
+        raise BadInput("--convert: replaced by --accept all --transcode png, which also takes first frames")
+    given = settings(options.sharding)
+    return validated(IngestConfig, **{**given, "accept": accepted(options.sharding.accept)})
 
 
 @flattened

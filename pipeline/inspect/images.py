@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from PIL import Image
 
-from ...errors import CapipeError
+from ...errors import CapipeError, RunFailed
 from ...manifests.files.allowed import Allowed, open_place, stamp_of
 from ...manifests.files.compressed import plain
 from ...manifests.files.outside import Refused, is_url
@@ -19,14 +19,14 @@ from ...manifests.files.stores import impatient
 from ...manifests.files.tar import printable
 from ...manifests.samples import read_samples
 from ...manifests.status import Status
-from ...models.images.decode import ImageLimits, thumbnail
+from ...models.images.decode import EVERYTHING, ImageLimits, thumbnail
 from ...models.images.formats import ImageProblem
 from ...stages.reading.faults import read_problem
 from .shard_join import ShardJoin, ShardName
 
 OPEN_TARS = 16
 PATIENCE = 1.0  # seconds for passing errors of a store
-LIMITS = ImageLimits(min_side=1)
+LIMITS = ImageLimits(min_side=1, accept=EVERYTHING)
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -179,8 +179,11 @@ def refusals(refused: Sequence[str]) -> str | None:
 
 
 def small_jpeg(data: bytes, side: int, quality: int = 80) -> bytes | None:
-    """JPEG thumbnail of at most ``side`` x ``side`` pixels; None if the image cannot be decoded."""
-    whole = thumbnail(data, LIMITS, side)
+    """JPEG thumbnail of at most ``side`` x ``side`` pixels; None if the image cannot be decoded, or not here."""
+    try:
+        whole = thumbnail(data, LIMITS, side)
+    except RunFailed:  # by a package that is not installed
+        return None
     if isinstance(whole, ImageProblem):
         return None
     image = whole.image

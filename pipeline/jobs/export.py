@@ -21,6 +21,7 @@ from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import Withdrawal, apply, has_withdrawn
 from ...manifests.withdrawal.uid_set import UidSet
+from ...models.images.encoding import Codec
 from ...stages import last_files
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
@@ -30,8 +31,8 @@ from ...stages.export.lance.version import NOTE as TABLE_VERSION
 from ...stages.export.lance.version import refuse_foreign
 from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
-from ...stages.export.source import column_of, image_extensions
-from ...stages.export.write import STAGE, ExportConfig, export_shards
+from ...stages.export.source import column_of
+from ...stages.export.write import ANEW, STAGE, ExportConfig, export_shards
 from ..runners.messages import Event
 from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job
@@ -39,9 +40,9 @@ from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .export_captions import Appending, execute_appending, listing_schema, open_sets, require, settle
 from .export_files import extras, write_files
+from .export_images import check_formats, chosen_extension
 
 CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,6 @@ class ExportPlan:
         return sum(record.count for task in self.tasks for record in task.sources)
 
 
-def check_extension(name: str) -> None:
-    """Raises BadInput for an invalid image extension."""
-    if name not in ("auto", "keep", *EXTENSIONS):
-        raise BadInput(f"--image-extension {name}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
-
-
 def plan_export(
     url: str,
     out: str,
@@ -83,6 +78,8 @@ def plan_export(
     *,
     image_extension: str = "auto",
     shard_size: int | None = None,
+    transcode: Codec | None = None,
+    quality: int | None = None,
     link: bool = False,
     images: Sequence[str] = (),
     drop: UidSet | None = None,
@@ -95,7 +92,8 @@ def plan_export(
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
     ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
-    pairs per shard; None for the source's own shards. ``images``: folders and URLs below which an index's tars may be
+    pairs per shard; None for the source's own shards. ``transcode``: how images are encoded anew that readers of the
+    format do not decode; None refuses them. ``images``: folders and URLs below which an index's tars may be
     read. ``drop``: withdrawn images; on an existing export only shards with images that are newly listed, here or in
     the source, are written again. ``captions``: artifacts of captions whose columns a Lance table is to get.
     """
@@ -106,6 +104,7 @@ def plan_export(
     sets = open_sets(captions, format, source, shards)
     digest, standing = source.manifest_digest(), None if fresh else _before(out, source)
     asked = {"format": format, "shard_size": shard_size, "image_extension": image_extension, "of": digest}
+    asked |= {} if transcode is None else {"transcode": transcode, "quality": quality}
     checked = standing is not None and standing.config["run"].get(CHECKED) == asked  # its rows are not read again
     if checked:
         pass
@@ -113,13 +112,17 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format not in ("parquet", LANCE):
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
+    if not checked and transcode is None:
+        check_formats(source, shards, writer, images)
     before = None if drop is None and not has_withdrawn(source) else standing
     extension = None
     if format == "webdataset" and image_extension == "auto" and standing is not None and (checked or before):
         extension = standing.setting("semantic", "export", kind=dict).get("image_extension")
     elif format == "webdataset":
-        extension = _extension(source, shards, image_extension, images)
-    config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
+        extension = chosen_extension(source, shards, image_extension, images, transcode)
+    config = ExportConfig(
+        format=format, image_extension=extension, shard_size=shard_size, transcode=transcode, quality=quality
+    )
     if link:
         _check_link(source, out, config)
     tasks = _tasks(source, shards, shard_size, before)
@@ -221,27 +224,12 @@ def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _extension(source: Artifact, shards: list[ShardRecord], wish: str, images: Sequence[str]) -> str | None:
-    """The extension for all images, or None if they keep theirs.
-
-    If they differ, `datasets` rejects the tars, or silently reads null for every image with another extension than the
-    first five. Readers decode by content, so one extension works for all.
-    """
-    if wish == "keep":
-        return None
-    if wish != "auto":
-        check_extension(wish)
-        return wish
-    present: set[str] = set()
-    for record in shards:
-        present |= image_extensions(source, record, images)
-        if len(present) > 1:
-            break
-    return None if len(present) == 1 and present <= set(EXTENSIONS) else EXTENSIONS[0]
+def _rewrites(config: ExportConfig) -> bool:
+    return config.shard_size is not None or config.transcode is not None
 
 
 def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
-    if config.format != "webdataset" or config.image_extension is not None or config.shard_size is not None:
+    if config.format != "webdataset" or config.image_extension is not None or _rewrites(config):
         why = "tars are rewritten to name images alike" if config.image_extension else "tars are written anew"
         why = why if config.format == "webdataset" else "only webdataset has tars"
         raise BadInput(f"--link: {why}, so nothing can be linked; leave it out, or use --image-extension keep")
@@ -346,6 +334,9 @@ def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
         sums.update({name: n for name, n in record.stats.items() if isinstance(n, int)})
     if config.image_extension is not None:
         yield f"All images are called .{config.image_extension}, whatever their format: readers go by content."
+    if sums[ANEW]:
+        text = f"{sums[ANEW]:,} images in formats that not all readers decode are encoded anew, as {config.transcode}"
+        yield f"{text}: their uid is that of the new bytes, `source_uid` and `original_sha256` are of the old ones."
     if sums["without_caption"]:
         yield f"{sums['without_caption']:,} pairs with an empty caption are left out: there is nothing to answer."
     if sums["image_marks"]:

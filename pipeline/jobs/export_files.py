@@ -10,7 +10,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import PRIVATE, read_parquet
 from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
+from ...manifests.withdrawal.applied import encodes_anew
 from ...stages import last_files
 from ...stages.export import energon
 from ...stages.export.card import CardWords, Contents, render, summary
@@ -58,7 +59,7 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
         return
     with artifact.begin_files("extras") as files:
         statistics, rows = _statistics(artifact, records)
-        contents = _contents(source, format, records, notes, sets, rows)
+        contents = replace(_contents(source, format, records, notes, sets, rows), encoded_anew=encodes_anew(artifact))
         _write(files, CARD, render(words, contents, statistics, steps).encode())
         if format == "webdataset":
             _write_webdataset(artifact, records, files)

@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import BadInput
 from ...manifests.artifact import CONFIG
 from ...manifests.files.allowed import Allowed
+from ...manifests.files.image_types import COMMON, IMAGE_TYPES
 from ...manifests.files.outside import is_url
 from ...manifests.files.storage import Folder
 from ...manifests.manifest import LINES
@@ -30,7 +31,7 @@ _WALK = 10.0  # seconds between two scans of the folders
 _REMOTE = 30  # in a store it is that much rarer
 _SHARE = 10  # times as long as a reload took: until the next
 _THUMBNAIL = 256  # pixels
-_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+_TYPES = {name: IMAGE_TYPES[name].media_type for name in COMMON}  # that browsers show as they are
 
 
 class Library:

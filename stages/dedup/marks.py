@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from ...manifests.manifest import ShardRecord
 from ...manifests.schema import DEDUP, HASHES
 from ...manifests.shards import InputShard, RowReader
 from ...manifests.status import Status
-from ...models.images.decode import ImageLimits, thumbnail
+from ...models.images.decode import ANIMATED, EVERYTHING, ImageLimits, thumbnail
 from ...models.images.formats import ImageProblem
+from ...models.images.openers import decodable
 from ..ingest.shard import IngestConfig, IngestTask
 from ..ingest.source_refs import Handles
 from ..reading.faults import read_problem
@@ -33,6 +34,7 @@ from .perceptual_hash import DECODED_SIDE, looks
 
 STAGE, HASH_STAGE = "dedup", "hash"
 LIMITS = ImageLimits(min_side=1)  # small images: ingest has rejected them, or they are accepted
+OWN_LIMITS = replace(LIMITS, accept=EVERYTHING)  # of shards that capipe wrote
 Pairs = tuple[Indices, Indices]
 LARGEST, NEAREST, FARTHEST = "largest", "nearest", "farthest"  # choices of a keeper; any other is a column's name
 REFERENCES = IngestConfig(shard_size=1000)  # how a reference set is cut into tasks
@@ -60,16 +62,19 @@ class DedupConfig(BaseModel):
 def hash_shard(task: InputShard, artifact: Artifact) -> ShardRecord:
     """Hash the images of one shard; write and commit."""
     reader, rows = RowReader(task), 0
+    limits = LIMITS if task.record is None else OWN_LIMITS
     with artifact.begin(task.name, HASHES) as shard:
         for row in reader:
             base = {"key": row.key, "uid": row.uid, "status": row.status, "error": row.error}
-            shard.write({**base, **_seen(row.image)} if row.status is Status.OK and row.image is not None else base)
+            image = row.image if row.status is Status.OK else None
+            shard.write(base if image is None else {**base, **_seen(image, limits)})
             rows += 1
         return shard.commit(rows_in=rows, input_info=reader.info)
 
 
 def hash_references(task: IngestTask, artifact: Artifact) -> ShardRecord:
     """Hash a part of a reference set, whose items may come from any source that can be ingested."""
+    limits = replace(LIMITS, accept=decodable() | {ANIMATED})
     with Handles() as handles, artifact.begin(task.shard, HASHES, over=task.made) as shard:
         for number, ref in enumerate(task.refs):
             row = {"key": f"{task.index:05d}{number:03d}", "source": ref.source}
@@ -81,16 +86,16 @@ def hash_references(task: IngestTask, artifact: Artifact) -> ShardRecord:
                 if problem is None:
                     raise
             if problem is None and data is not None:
-                shard.write({**row, "uid": hashlib.sha256(data).hexdigest()[:32], **_seen(data)})
+                shard.write({**row, "uid": hashlib.sha256(data).hexdigest()[:32], **_seen(data, limits)})
             else:
                 reason = problem or ImageProblem(Status.CORRUPT, "no bytes")
                 shard.write({**row, "status": reason.status, "error": reason.reason})
         return shard.commit(rows_in=len(task.refs), input_info={"digest": task.digest, "items": len(task.refs)})
 
 
-def _seen(data: bytes) -> dict[str, Any]:
+def _seen(data: bytes, limits: ImageLimits) -> dict[str, Any]:
     sha256 = hashlib.sha256(data).hexdigest()
-    small = thumbnail(data, LIMITS, DECODED_SIDE)
+    small = thumbnail(data, limits, DECODED_SIDE)
     if isinstance(small, ImageProblem):
         return {"sha256": sha256, "status": small.status, "error": small.reason}
     seen = looks(small.image)

@@ -41,7 +41,8 @@ class CardWords:
 class Contents:
     """Contents of the export. ``shards``: number of those with pairs; ``bytes``: total size of their source tars;
     ``images``: counts by extension in tars; ``notes``: sentences to read before use; ``columns``: features for
-    `datasets`, where it would not find them out; ``appended``: facts on captions that were appended as columns."""
+    `datasets`, where it would not find them out; ``appended``: facts on captions that were appended as columns;
+    ``encoded_anew``: it may have images that were not stored so in the source."""
 
     format: str
     shards: int
@@ -50,6 +51,7 @@ class Contents:
     notes: Sequence[str] = ()
     columns: Sequence[Any] = ()
     appended: Sequence[Mapping[str, Any]] = ()
+    encoded_anew: bool = False
 
 
 def render(words: CardWords, contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
@@ -145,8 +147,16 @@ def summary(contents: Contents, statistics: Statistics, steps: Sequence[Step]) -
     text = f"{statistics.pairs:,} pairs of image and caption in {contents.shards:,} shards"
     text += f" ({contents.bytes / unit:,.2f} {name} as tars), made with capipe."
     text += " Image bytes are those that were collected, never re-encoded"
-    converted = any(step.config is not None and step.config["semantic"].get("convert") is True for step in steps)
-    return text + (", but for PNGs whose JSON names an `original_format`." if converted else ".")
+    configs = [step.config["semantic"] for step in steps if step.config is not None]
+    anew = contents.encoded_anew or any(map(_encodes_anew, configs))
+    return text + (", but for those whose JSON names an `original_format`." if anew else ".")
+
+
+def _encodes_anew(semantic: Mapping[str, Any]) -> bool:
+    """True of a stage that may have encoded images anew; ``convert`` is an option that `ingest` had."""
+    exported = semantic.get("export")
+    options = (semantic, exported) if isinstance(exported, Mapping) else (semantic,)
+    return semantic.get("convert") is True or any(each.get("transcode") is not None for each in options)
 
 
 def _loading(contents: Contents) -> str:

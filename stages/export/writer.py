@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, ClassVar
 import pyarrow as pa
 
 from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.image_types import COMMON
 from ...manifests.files.names import file_name, same_file
 from ...manifests.files.storage import create
 from .source import PARTS, Pair
@@ -27,12 +28,13 @@ class ShardWriter(ABC):
 
     ``extras``: files and folders of an export apart from its shards' and its card; `--fresh` removes them.
     ``data_files``: pattern of the files that `datasets` reads, empty for none. ``loading``: the card's section on
-    loading, in Markdown.
+    loading, in Markdown. ``images``: image formats that the readers of this one decode.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
     data_files: ClassVar[str] = ""
     loading: ClassVar[str] = ""
+    images: ClassVar[tuple[str, ...]] = COMMON
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
         self.out, self.shard, self.open = out, shard, ExitStack()

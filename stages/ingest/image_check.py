@@ -8,18 +8,19 @@ from types import TracebackType
 from ...manifests.status import Status
 from ...models.images.decode import ImageInfo, ImageLimits, check
 from ...models.images.decode_pool import Decoder
+from ...models.images.encoding import Encoding
 from ...models.images.formats import ImageProblem
 
 
 class ImageCheck:
-    """:func:`...models.images.decode.check` under ``limits``; a context manager.
+    """:func:`...models.images.decode.check` under ``limits``, with ``encoding``; a context manager.
 
     ``careful``: decode every image in a process of its own; by default only one for which memory ran out here. If that
     fails as well, the image is a ``read_error``.
     """
 
-    def __init__(self, limits: ImageLimits, careful: bool = False) -> None:
-        self._check, self._careful = functools.partial(check, limits=limits), careful
+    def __init__(self, limits: ImageLimits, careful: bool = False, encoding: Encoding | None = None) -> None:
+        self._check, self._careful = functools.partial(check, limits=limits, encoding=encoding), careful
         self._decoder: Decoder[ImageInfo] | None = None
 
     def __call__(self, data: bytes) -> ImageInfo | ImageProblem:

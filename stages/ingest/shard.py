@@ -1,7 +1,8 @@
 """Ingest of items from any source into image shards. One task is one output shard, written by one process.
 
 Every item becomes exactly one row. Valid images are copied unchanged into the tar with their text and metadata (with
-``convert``, other formats become PNGs); items that are not valid are only in the Parquet, with their error.
+``transcode``, those of further formats are encoded anew); items that are not valid are only in the Parquet, with their
+error.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
-from pydantic import ConfigDict, Field
+import pyarrow as pa
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ...errors import BadInput, RunFailed
 from ...manifests.artifact import Artifact
 from ...manifests.configuration import Growing
 from ...manifests.files.outside import Reach
 from ...manifests.manifest import ShardRecord
-from ...manifests.schema import INGEST
+from ...manifests.schema import INGEST, TRANSCODED
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
-from ...models.images.convert import Converted, is_convertible, to_png
 from ...models.images.decode import MAX_GRID_ASPECT, ImageInfo, ImageLimits
+from ...models.images.encoding import DEFAULT_QUALITY, Codec, Encoding
 from ...models.images.formats import ImageProblem
 from ..reading.columns import Columns
 from ..reading.faults import read_problem
+from .accept import ACCEPTED, advice
 from .growth import grown, items_file, marks_of
 from .image_check import ImageCheck
 from .retry import ItemRow, repaired_rows
@@ -39,10 +42,15 @@ class IngestConfig(Growing):
     """Options that determine the rows of an ingest; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("convert", "text_column", "image_folder", "image_key", "within", "public_only", "follow_links")
+    later = (
+        *("accept", "transcode", "quality", "text_column", "image_folder"),
+        *("image_key", "within", "public_only", "follow_links"),
+    )
 
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
-    convert: bool = Field(False, description="images in other formats than JPEG, PNG and WebP become PNGs")
+    accept: tuple[str, ...] = Field((), description="formats taken besides JPEG, PNG and WebP")
+    transcode: Codec | None = Field(None, description="how these are encoded anew; null: their bytes are kept")
+    quality: int | None = Field(None, ge=1, le=100, description="of jpeg and webp; null: 95")
     min_side: int = Field(16, ge=1, description="images whose shorter side has fewer pixels are too_small")
     max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
     max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
@@ -57,6 +65,21 @@ class IngestConfig(Growing):
     public_only: bool = Field(False, description="no URLs of loopback and private addresses in tables and data sets")
     follow_links: bool = Field(False, description="links and lists of a folder may lead out of it")
 
+    @field_validator("accept")
+    @classmethod
+    def _accept_is_known(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in accept if name not in ACCEPTED]:
+            raise BadInput(f"--accept {unknown[0]}: unknown; one of {', '.join(ACCEPTED)}, or all")
+        return tuple(name for name in ACCEPTED if name in accept)
+
+    @model_validator(mode="after")
+    def _transcode_has_something_to_do(self) -> IngestConfig:
+        if self.transcode is not None and not self.accept:
+            raise BadInput("--transcode: of the formats that --accept names, and it names none")
+        if self.quality is not None and self.transcode not in ("jpeg", "webp"):
+            raise BadInput("--quality: of --transcode jpeg or webp; leave it out")
+        return self
+
     @property
     def reach(self) -> Reach:
         return Reach(self.within, self.public_only)
@@ -67,7 +90,16 @@ class IngestConfig(Growing):
 
     @property
     def limits(self) -> ImageLimits:
-        return ImageLimits(self.max_image_pixels, self.min_side, self.max_aspect)
+        plain = ImageLimits(self.max_image_pixels, self.min_side, self.max_aspect)
+        return replace(plain, accept=plain.accept.union(self.accept))
+
+    @property
+    def encoding(self) -> Encoding | None:
+        return None if self.transcode is None else Encoding(self.transcode, self.quality or DEFAULT_QUALITY)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return INGEST if self.transcode is None else TRANSCODED
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +173,11 @@ def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
     either, the shard stays unchanged.
     """
     digits = len(str(config.shard_size - 1))
-    convert = partial(to_plain_format, limits=config.limits) if config.convert else None
-    with Handles() as handles, ImageCheck(config.limits, task.careful) as check:
+    with Handles() as handles, ImageCheck(config.limits, task.careful, config.encoding) as check:
 
         def ingested(number: int) -> ItemRow:
             key = f"{task.index:05d}{number:0{digits}d}"  # img2dataset's keys
-            return ingest_item(task.refs[number], key, check, handles, convert)
+            return ingest_item(task.refs[number], key, check, handles)
 
         if task.made is None:
             rows: Iterable[ItemRow] = map(ingested, range(len(task.refs)))
@@ -155,7 +186,7 @@ def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
             if again is None:
                 return task.made
             rows = again
-        with artifact.begin(task.shard, INGEST, tar=True, over=task.made) as shard:
+        with artifact.begin(task.shard, config.schema, tar=True, over=task.made) as shard:
             for row, members in rows:
                 shard.write(row, members)
             return shard.commit(
@@ -166,42 +197,29 @@ def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
 
 
 def ingest_item(
-    ref: ItemRef,
-    key: str,
-    check: Callable[[bytes], ImageInfo | ImageProblem],
-    handles: Handles,
-    convert: Callable[[Item], dict[str, str]] | None = None,
+    ref: ItemRef, key: str, check: Callable[[bytes], ImageInfo | ImageProblem], handles: Handles
 ) -> ItemRow:
-    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises because of an item's content.
-
-    ``convert``: replaces an image in another format with a PNG, see :func:`to_plain_format`.
-    """
+    """One item as ``(row, tar members)``; no members unless the row is ok. Its content raises nothing."""
     try:
         item = ref.load(handles)
-        original = convert(item) if convert is not None else {}
         verdict = item.problem or check(item.data or b"")
-        if convert is None and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
-            item.notes.append("--convert takes still ones")
-        sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
+        item.notes += advice(item.data or b"", verdict)
+        original: dict[str, str] = {}
+        if isinstance(verdict, ImageInfo) and verdict.transcoded is not None:
+            original = {"original_sha256": _sha256(item.data or b""), "original_format": verdict.transcoded.original}
+            item.data = verdict.transcoded.data
+        sha256 = _sha256(item.data) if item.data else None
         members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
-        return _row(item, key, verdict, sha256), members
+        return {**_row(item, key, verdict, sha256), **original}, members
+    except RunFailed:
+        raise
     except Exception as error:  # one bad item must not fail its shard: its error goes into the row
         unexpected = ImageProblem(Status.CORRUPT, f"unexpected {type(error).__name__}: {error}")
         return _row(Item(ref.source), key, read_problem(error) or unexpected, None), None
 
 
-def to_plain_format(item: Item, limits: ImageLimits) -> dict[str, str]:
-    """Replace an image in another format with a PNG; returns the original's hash and format for the metadata."""
-    if item.data is None or item.problem is not None:
-        return {}
-    converted = to_png(item.data, limits)
-    if isinstance(converted, ImageProblem):
-        item.problem = converted
-    if not isinstance(converted, Converted):
-        return {}
-    original = {"original_sha256": hashlib.sha256(item.data).hexdigest(), "original_format": converted.format}
-    item.data = converted.data
-    return original
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | None) -> dict[str, Any]:

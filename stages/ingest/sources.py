@@ -17,10 +17,10 @@ from pathlib import Path
 
 from ...errors import BadInput
 from ...manifests.files.compressed import tar_stem
+from ...manifests.files.image_types import IMAGE_EXTENSIONS
 from ...manifests.files.outside import ANYWHERE, Reach, is_url, refusal, source_folder
 from ...manifests.files.stores import filesystem
 from ...manifests.samples import (
-    IMAGE_EXTENSIONS,
     META_EXTENSIONS,
     SIDECAR_EXTENSIONS,
     TEXT_EXTENSIONS,

@@ -82,17 +82,27 @@ def test_ingest_opens_what_it_may(tmp_path: Path) -> None:
     assert [row["status"] for row in table(tmp_path / "links")] == ["ok"]
 
 
-def test_ingest_converts_where_it_is_told_to(tmp_path: Path) -> None:
+def test_ingest_takes_further_formats_where_it_is_told_to(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()
     (source / "a.bmp").write_bytes(photo(0, fmt="BMP"))
     capipe("ingest", source, "--out", tmp_path / "plain")
-    capipe("ingest", source, "--out", tmp_path / "out", "--convert")
+    capipe("ingest", source, "--out", tmp_path / "out", "--accept", "bmp,gif", "--transcode", "png")
     (plain,), (row,) = table(tmp_path / "plain"), table(tmp_path / "out")
-    assert plain["status"] == "unsupported" and plain["error"].endswith("a BMP image; --convert takes still ones")
-    assert (row["status"], row["format"], row["error"]) == ("ok", "png", None)
+    assert plain["status"] == "unsupported" and plain["error"].endswith("a BMP image; --accept bmp takes it")
+    assert (row["status"], row["format"], row["original_format"], row["error"]) == ("ok", "png", "bmp", None)
     refused = capipe("ingest", source, "--out", tmp_path / "out", code=2)
-    assert "convert: true -> " in one_line(refused)
+    assert "transcode: " in one_line(refused)
+    replaced = capipe("ingest", source, "--out", tmp_path / "new", "--convert", code=2)
+    assert "--accept all --transcode png" in one_line(replaced)
+    for options, reason in (
+        (["--accept", "tga"], "--accept tga: unknown; one of avif"),
+        (["--transcode", "png"], "it names none"),
+        (["--accept", "gif", "--transcode", "gif"], "--transcode: "),
+        (["--accept", "gif", "--quality", "90"], "--quality: of --transcode"),
+    ):
+        assert reason in one_line(capipe("ingest", source, "--out", tmp_path / "new", *options, code=2))
+    assert not (tmp_path / "new").exists()
 
 
 def test_ingest_ends_with_1_until_every_row_could_be_read(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ ALLOWED = {
     ): "a process and its own children, over an inherited socket pair",
     ("models/worker_process.py", "subprocess.Popen"): "this Python, with code of ours and a number",
     ("models/torchvision_shim.py", "subprocess.run"): "this Python, with code of ours",
-    ("models/images/convert.py", "importlib.import_module"): "modules of a table of ours, by the format of the bytes",
     ("manifests/import_path.py", "importlib.import_module"): "what a command line or a recipe names, never data",
     ("pipeline/commands/doctor.py", "importlib.import_module"): "torch, and only where it is asked for",
     ("pipeline/chain/run.py", "subprocess.Popen"): "capipe, by its recipe, whose author is trusted; no shell",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...manifests.shards import Row
-from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode import EVERYTHING, ImageLimits, Pixels
 from ...models.images.formats import ImageProblem
 from ...models.images.preprocess import decode_preprocessed
 from ...models.scorers.blip_contrastive import BlipScorer
@@ -21,6 +21,7 @@ from ...models.scorers.clip import ClipScorer
 
 BATCH = 64
 TEXTS = 1024  # captions compared with the gallery at a time
+LIMITS = ImageLimits(min_side=1, accept=EVERYTHING)  # of images, which were valid for the stage that captioned them
 
 
 Scorer = ClipScorer | BlipScorer
@@ -49,7 +50,7 @@ def _decoded(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Iterator[tu
     for row in rows:
         if row.uid in left and row.image is not None:
             left.discard(row.uid)
-            views = decode_preprocessed(row.image, preprocesses=(clip.preprocess,), limits=ImageLimits(min_side=1))
+            views = decode_preprocessed(row.image, preprocesses=(clip.preprocess,), limits=LIMITS)
             if not isinstance(views, ImageProblem):
                 yield row.uid, views[0]
 

@@ -6,7 +6,7 @@ import asyncio
 import functools
 
 from ...errors import RunFailed
-from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode import EVERYTHING, ImageLimits, Pixels
 from ...models.images.decode_pool import DecodePool
 from ...models.images.formats import ImageProblem
 from ...models.images.preprocess import Preprocess, decode_preprocessed
@@ -14,13 +14,14 @@ from ...models.lru_cache import LRUCache
 from ..dataset import Example
 
 KEPT = 256  # images in the cache; more than a step of one process has
+_LIMITS = ImageLimits(accept=EVERYTHING)  # images were valid for the stage that listed them
 
 
 class ImageCache:
     """Images after ``preprocess``, decoded in a separate process. Use from one event loop."""
 
     def __init__(self, preprocess: Preprocess) -> None:
-        decode = functools.partial(decode_preprocessed, preprocesses=(preprocess,), limits=ImageLimits())
+        decode = functools.partial(decode_preprocessed, preprocesses=(preprocess,), limits=_LIMITS)
         self._pool: DecodePool[tuple[Pixels, ...]] = DecodePool(1, decode)
         self._recent: LRUCache[str, asyncio.Task[Pixels]] = LRUCache(KEPT)
 

@@ -6,11 +6,12 @@ import asyncio
 import base64
 from dataclasses import replace
 
-from ...images.decode import ImageLimits, is_plain, plain_copy
-from ...images.formats import MEDIA_TYPES, ImageProblem, sniff
+from ....manifests.files.image_types import COMMON, IMAGE_TYPES
+from ...images.decode import EVERYTHING, ImageLimits, is_plain, plain_copy
+from ...images.formats import ImageProblem, sniff
 from ..base import ImageInput, Prompt, Rejected
 
-_LIMITS = ImageLimits(min_side=1)
+_LIMITS = ImageLimits(min_side=1, accept=EVERYTHING)
 
 
 async def shown(prompt: Prompt) -> Prompt:
@@ -27,6 +28,6 @@ def data_url(image: ImageInput) -> str:
     if image.encoded is None:
         raise Rejected(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file")
     kind = sniff(image.encoded)
-    if isinstance(kind, ImageProblem):
+    if isinstance(kind, ImageProblem) or kind not in COMMON:
         raise Rejected(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
-    return f"data:{MEDIA_TYPES[kind]};base64,{base64.b64encode(image.encoded).decode()}"
+    return f"data:{IMAGE_TYPES[kind].media_type};base64,{base64.b64encode(image.encoded).decode()}"

@@ -37,6 +37,7 @@ from ...runners.placement import Placement
 from ...runners.shard_queue import JobResult
 from ...runners.worker import RowByRow, Stage
 from .counting_engine import CountingEngine, TracedEngine
+from .image_formats import accepting
 from .usage import counted
 
 REQUESTS_PER_ROW = 25  # for a row with a quiz: five questions in five orders
@@ -245,6 +246,7 @@ def plan(
     beside = beside or {}
     source = input_artifact(pattern)
     shards = join(expand(pattern, source), beside)
+    stage = accepting(stage, shards)
     semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
     semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
     run = {

@@ -101,7 +101,7 @@ def test_converted_pictures_are_named(convert: bool) -> None:
     contents = Contents("webdataset", 1, 1000, {"png": 3})
     card = render(CardWords("Scenes", "cc-by-4.0"), contents, Statistics(), steps)
     assert ("collected, never re-encoded." in card) != convert
-    assert ("re-encoded, but for PNGs whose JSON names an `original_format`." in card) == convert
+    assert ("re-encoded, but for those whose JSON names an `original_format`." in card) == convert
 
 
 def test_provenance_follows_what_is_there_and_says_what_is_gone(tmp_path: Path) -> None:

@@ -218,13 +218,13 @@ KILLER = """
     from pathlib import Path
     from capipe.models.images.decode import check as real
 
-    def check(data, limits):
+    def check(data, limits, encoding):
         for wish in Path(__file__).parent.glob("kill-*"):
             size, left = wish.read_text().split()
             if len(data) == int(size) and int(left) > 0:
                 wish.write_text(f"{size} {int(left) - 1}")
                 os.kill(os.getpid(), signal.SIGKILL)
-        return real(data, limits)
+        return real(data, limits, encoding)
 """
 
 

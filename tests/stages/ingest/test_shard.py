@@ -100,32 +100,6 @@ def test_a_picture_under_a_profile_has_its_srgb_twins_hash(tmp_path: Path) -> No
     assert data == under and apart(seen(data), picture) <= 2
 
 
-def test_other_formats_become_pngs_that_name_what_they_were(tmp_path: Path) -> None:
-    folder, image = tmp_path / "in", Image.open(io.BytesIO(photo(4))).convert("RGB")
-    folder.mkdir()
-    files = {"a.bmp": encode(image, "BMP"), "b.jpg": photo(4), "c.tif": encode(image, "TIFF"), "d.pdf": b"%PDF-1.7"}
-    files["e.gif"] = encode(image, "GIF", save_all=True, append_images=[Image.new("RGB", (96, 64))])
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    (folder / "a.json").write_text(json.dumps({"original_format": "painted", "sha256": "theirs"}))
-    ingest(folder, out=tmp_path / "plain")
-    assert [row["status"] for row in rows(tmp_path / "plain")] == ["unsupported", "ok", *["unsupported"] * 3]
-    ingest(folder, out=tmp_path / "out", convert=True)
-    found, data = rows(tmp_path / "out"), members(tmp_path / "out")
-    assert [row["status"] for row in found] == ["ok", "ok", "ok", "unsupported", "unsupported"]
-    assert [row["format"] for row in found[:3]] == ["png", "jpg", "png"]
-    assert "a PDF document" in found[3]["error"] and found[4]["error"] == "animated image (2 frames)"
-    assert data[f"{found[1]['key']}.jpg"] == files["b.jpg"]
-    assert not {"original_format", "original_sha256"} & set(json.loads(data[f"{found[1]['key']}.json"]))
-    for row, name, was in ((found[0], "a.bmp", "bmp"), (found[2], "c.tif", "tiff")):
-        png = data[f"{row['key']}.png"]
-        assert row["sha256"] == hashlib.sha256(png).hexdigest() and apart(seen(png), np.asarray(image)) == 0
-        meta = json.loads(data[f"{row['key']}.json"])
-        assert (meta["original_format"], meta["original_sha256"]) == (was, hashlib.sha256(files[name]).hexdigest())
-    assert json.loads(data[f"{found[0]['key']}.json"])["original_original_format"] == "painted"
-    assert verify(str(tmp_path / "out")).faults == []
-
-
 BAD_FILES: dict[str, tuple[bytes, str, str]] = {
     "truncated.jpg": (photo(1)[:-20], "corrupt", "truncated"),
     "page.jpg": (b"<!DOCTYPE html><html>404 not found</html>", "unsupported", "an HTML page"),
