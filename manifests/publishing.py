@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,12 @@ def _publish_to_store(
         for name, path in files.items()
     }
     ended = time.time()
-    worker, gpus = times.this_worker()
     note = Note(
         generation=generation,
         started=started,
         ended=ended,
         seconds=round(ended - started, 3),
-        worker=worker,
-        gpus=gpus,
+        **asdict(times.this_worker()),
     )
     if over is None:
         entry = commits.commit(folder, record.shard, uploads, note, lambda before: _line(folder, record, before))

@@ -260,6 +260,7 @@ CHECKED = pa.schema(
                 )
             ),
         ),
+        *USAGE,
     ]
 )
 
@@ -308,6 +309,7 @@ SENTENCES = pa.schema(
                 pa.field(f"{prefix}_vlm_lowest", pa.int32()),  # index of the sentence with the minimum
             )
         ),
+        *USAGE,
     ]
 )
 #: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.

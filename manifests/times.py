@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -25,15 +25,24 @@ LINES = f"{PRIVATE}/times.jsonl"
 CREATED = f"{PRIVATE}/times.d/artifact.json"  # in a store
 _OLDER = f"{PRIVATE}/times.d/shards"  # an object for each shard, of artifacts from before the notes
 _LONGEST = 1 << 16  # bytes of a line
+MANY, LATE = 1 << 16, 1e12  # GPUs or cores of a worker, epoch seconds: beyond all real ones
+
+
+@dataclass(frozen=True)
+class Worker:
+    """``worker``: random name of a process. ``gpus``: how many it sees, 0 on a CPU or in front of a server; ``cores``:
+    of the machine, that it may use."""
+
+    worker: str
+    gpus: int
+    cores: int
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work on a shard, from its first row to its commit, in epoch seconds. ``worker``: the process that did it, by a
-    random name; ``gpus``: how many it had, 0 on a CPU."""
+    """Work on a shard, from its first row to its commit, in epoch seconds."""
 
-    worker: str
-    gpus: int
+    by: Worker
     started: float
     ended: float
 
@@ -49,24 +58,25 @@ class Times:
 
 
 @cache
-def this_worker() -> tuple[str, int]:
-    """Random name of this process, and the number of its GPUs: each worker sees its own alone."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return uuid.uuid4().hex[:8], len([device for device in seen.split(",") if device.strip() not in ("", "-1")])
+def this_worker() -> Worker:
+    """This process: each worker sees its own GPUs alone."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = len([device for device in seen if device.strip() not in ("", "-1")])
+    return Worker(uuid.uuid4().hex[:8], gpus, len(os.sched_getaffinity(0)))
 
 
 def device_seconds(spans: Iterable[Span]) -> tuple[float, float]:
-    """Seconds of GPUs, and of workers without one: for each worker, the time in which it worked on any shard, times its
-    GPUs. Loading a model, before a worker's first row, is not part of it."""
-    by_worker: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    """GPU-seconds, and core-seconds of workers without a GPU: for each worker, the time in which it worked on any
+    shard, times its GPUs or cores. Loading a model, before a worker's first row, is not part of it."""
+    by_worker: dict[Worker, list[Span]] = defaultdict(list)
     for span in spans:
-        by_worker[span.worker, span.gpus].append(span)
-    on_gpus = on_cpus = 0.0
-    for (_, gpus), own in by_worker.items():
+        by_worker[span.by].append(span)
+    on_gpus = on_cores = 0.0
+    for worker, own in by_worker.items():
         seconds = _covered(own)
-        on_gpus += gpus * seconds
-        on_cpus += 0.0 if gpus else seconds
-    return on_gpus, on_cpus
+        on_gpus += worker.gpus * seconds
+        on_cores += 0.0 if worker.gpus else worker.cores * seconds
+    return on_gpus, on_cores
 
 
 def _covered(spans: Iterable[Span]) -> float:
@@ -91,8 +101,7 @@ def note_shard(folder: Folder, shard: str, started: float) -> None:
     as the end."""
     ended = time.time()
     spent = round(ended - started, 3)
-    worker, gpus = this_worker()
-    entry = {"shard": shard, "started": started, "ended": ended, "seconds": spent, "worker": worker, "gpus": gpus}
+    entry = {"shard": shard, "started": started, "ended": ended, "seconds": spent, **asdict(this_worker())}
     append_line(folder.to_write(LINES), json.dumps(entry, sort_keys=True).encode())
 
 
@@ -105,20 +114,28 @@ def read(folder: Folder, notes: Mapping[str, Note] | None = None) -> Times:
             entry = bounded_json.parse(line)
             if "shard" in entry:
                 seconds[str(entry["shard"])] = float(entry["seconds"])
-                if "worker" in entry:
-                    spans.append(_span(entry))
+                spans += _span(entry)
             else:
                 created = str(entry["created"])
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     by_note = {shard: note for shard, note in (notes or {}).items() if note.attempt}
     seconds |= {shard: note.seconds for shard, note in by_note.items()}
-    spans += [Span(note.worker, note.gpus, note.started, note.ended) for note in by_note.values() if note.worker]
+    for note in by_note.values():
+        spans += _span(vars(note))
     return Times(created, seconds, tuple(spans))
 
 
-def _span(entry: Mapping[str, Any]) -> Span:
-    return Span(str(entry["worker"]), int(entry["gpus"]), float(entry["started"]), float(entry["ended"]))
+def _span(entry: Mapping[str, Any]) -> list[Span]:
+    """The work that an entry tells of; nothing if it is of an older version, or cannot be."""
+    worker = entry.get("worker")
+    counts: list[Any] = [entry.get("gpus"), entry.get("cores")]
+    moments: list[Any] = [entry.get("started"), entry.get("ended")]
+    if not (isinstance(worker, str) and worker and all(type(count) is int and 0 <= count < MANY for count in counts)):
+        return []
+    if not all(type(moment) in (int, float) and 0 <= moment < LATE for moment in moments):
+        return []
+    return [Span(Worker(worker, *counts), *moments)]
 
 
 def created(folder: Folder) -> str:

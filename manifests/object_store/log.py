@@ -42,6 +42,7 @@ class Note:
     seconds: float = 0.0
     worker: str = ""
     gpus: int = 0
+    cores: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,13 @@ def parse(folder: Folder, name: str, data: bytes) -> Entry:
 
 def _check(note: Note) -> None:
     """Raise ValueError or TypeError if a note is malformed: its names are copied to and from, its id is a folder's."""
-    if not (isinstance(note.objects, dict) and isinstance(note.generation, str) and isinstance(note.attempt, str)):
-        raise TypeError("its objects, generation or attempt are of another type")
+    texts = (note.generation, note.attempt, note.worker)
+    if not (isinstance(note.objects, dict) and all(isinstance(text, str) for text in texts)):
+        raise TypeError("its objects, generation, attempt or worker are of another type")
     if not (_ATTEMPT.fullmatch(note.attempt) or (note.attempt == "" and not note.objects)):
         raise ValueError("its attempt is no id")
-    if not all(type(value) in (int, float) for value in (note.started, note.ended, note.seconds, note.gpus)):
+    numbers = (note.started, note.ended, note.seconds, note.gpus, note.cores)
+    if not all(type(value) in (int, float) for value in numbers):
         raise TypeError("its times are no numbers")
     for name, place in note.objects.items():
         checked_name(name)

@@ -142,7 +142,7 @@ def show_plan(
 ) -> None:
     """Print the plan: each stage with its state, rows, cost and command line; then the totals. ``prices``: of an hour
     of a unit."""
-    from .estimate import estimate, token_line
+    from .estimate import cost_so_far, estimate
     from .plan import arguments, look, outside, shown_command
     from .selection_bytes import selection_bytes
 
@@ -154,7 +154,7 @@ def show_plan(
         say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
         if line := selection_bytes(chain, stage, planned[stage.name], estimates[stage.name], out):
             say(f"    {line}")
-        if line := token_line(stage, out):
+        if line := cost_so_far(stage, out, prices or {}):
             say(f"    {line}")
     for line in _sums(planned, estimates, prices or {}):
         say(line)

@@ -165,19 +165,24 @@ def _cost(stage: ChainStage, rows: int | None, measured: Mapping[str, float] | N
     return Cost(rate, devices, unit, rows / rate / 3600, source)
 
 
-def token_line(stage: ChainStage, folder: Path) -> str:
-    """Tokens that a row cost so far, by the stage's artifacts in this folder; empty if there are none."""
-    costs = []
+def cost_so_far(stage: ChainStage, folder: Path, prices: Mapping[str, float]) -> str:
+    """Tokens that a row cost so far, and the price of a million, by the stage's artifacts in this folder; empty if
+    there are none."""
+    costs, parts = [], []
     for place in artifact_folders(stage):
         url = located(stage, folder, place)
-        if Artifact.exists(url) and (cost := stage_cost(stage.name, Artifact.open(url))) is not None:
-            costs.append(cost)
-    parts = []
+        try:
+            if Artifact.exists(url) and (cost := stage_cost(stage.name, Artifact.open(url))) is not None:
+                costs.append(cost)
+        except CapipeError as error:
+            return f"what a row cost is unknown: {error}"
     for column, what in (("prompt_tokens", "prompt"), ("image_tokens", "image"), ("output_tokens", "output")):
         means = [mean for cost in costs if (mean := cost.per_row(column)) is not None]
         if means:
             parts.append(f"{sum(means):,.1f} {what}")
-    return f"a row cost {', '.join(parts)} tokens so far" if parts else ""
+    priced = [price for cost in costs if (price := cost.price_per_million(prices)) is not None]
+    price = f"; {sum(priced):,.2f} per million rows, start not included" if priced and len(priced) == len(costs) else ""
+    return f"a row cost {', '.join(parts)} tokens so far{price}" if parts else ""
 
 
 def shown(hours: float) -> str:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
-from ...errors import BadInput
+from ...errors import ArtifactMismatch, BadInput
 from ...manifests import times
 from ...manifests.artifact import Artifact
+from ...manifests.manifest import ShardRecord
 from ...manifests.schema import ASKED, TOKENS, USAGE
 
 UNITS = ("GPU", "core")  # that have a price by the hour
+MOST = 1 << 53  # tokens of a shard: beyond all real ones
 
 
 @dataclass(frozen=True)
 class StageCost:
     """Cost of an artifact. ``rows``: that an engine was asked about; ``tokens``: sums by column of :data:`USAGE`, with
-    the number of rows that they are known of; ``gpu_seconds``, ``cpu_seconds``: of workers with and without a GPU, from
-    their first row on, loading not included."""
+    the number of rows that they are known of; ``gpu_seconds``, ``core_seconds``: of workers with and without a GPU,
+    from their first row on, loading not included."""
 
     name: str
     rows: int
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     gpu_seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    core_seconds: float = 0.0
 
     def per_row(self, column: str) -> float | None:
         """Mean number of tokens, over the rows whose number is known."""
@@ -41,28 +44,53 @@ class StageCost:
 
     def price_per_million(self, prices: Mapping[str, float]) -> float | None:
         """Price of a million rows; None if the unit that it was made on has no price."""
-        seconds, unit = (self.gpu_seconds, "GPU") if self.gpu_seconds else (self.cpu_seconds, "core")
+        seconds, unit = (self.gpu_seconds, "GPU") if self.gpu_seconds else (self.core_seconds, "core")
         if unit not in prices or not self.rows or not seconds:
             return None
         return seconds / 3600 * prices[unit] / self.rows * 1e6
 
 
 def stage_cost(name: str, artifact: Artifact) -> StageCost | None:
-    """The cost of an artifact; None for one whose stage asks no engine, or that is older than the columns."""
+    """The cost of an artifact; None for one whose stage asks no engine, or that is older than the columns.
+
+    Raises ArtifactMismatch if its manifest's sums cannot be.
+    """
     sums = {field.name: [0, 0] for field in USAGE}
     rows = 0
     for record in artifact.committed().values():
-        counted = record.stats.get(TOKENS)
-        if not isinstance(counted, Mapping):
+        if TOKENS not in record.stats:
             continue
-        for column, total in sums.items():
-            total[0] += int(counted[column][0])
-            total[1] += int(counted[column][1])
-        rows += int(counted[ASKED])
+        asked, counted = _counted(artifact, record)
+        rows += asked
+        for column, (total, known) in counted.items():
+            sums[column][0] += total
+            sums[column][1] += known
     if not rows:
         return None
-    on_gpus, on_cpus = times.device_seconds(times.read(artifact.folder, artifact.manifest.notes).spans)
-    return StageCost(name, rows, {column: (total, known) for column, (total, known) in sums.items()}, on_gpus, on_cpus)
+    on_gpus, on_cores = times.device_seconds(times.read(artifact.folder, artifact.manifest.notes).spans)
+    return StageCost(name, rows, {column: (total, known) for column, (total, known) in sums.items()}, on_gpus, on_cores)
+
+
+def _counted(artifact: Artifact, record: ShardRecord) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Rows of a shard that were asked about, and the sums of its columns with the rows that they are known of."""
+    entry = record.stats[TOKENS]
+    asked = entry.get(ASKED) if isinstance(entry, Mapping) else None
+    counted: dict[str, tuple[int, int]] = {}
+    if _is_count(asked) and asked <= record.count:
+        for column in (field.name for field in USAGE):
+            match entry.get(column):
+                case [total, known] if _is_count(total) and _is_count(known) and known <= asked:
+                    counted[column] = (total, known)
+    if not _is_count(asked) or len(counted) < len(USAGE):
+        raise ArtifactMismatch(
+            f"{artifact.url}: shard {record.shard}: the sums of tokens in its manifest are malformed; was it edited? "
+            "Restore it"
+        )
+    return asked, counted
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < MOST
 
 
 def parse_prices(texts: Sequence[str]) -> dict[str, float]:

@@ -116,11 +116,14 @@ def gather(contents: Found) -> Facts:
         try:
             facts.links.append(_link(contents, name, artifact))
             facts.origins.append(_origin(name, artifact))
-            if (cost := stage_cost(name, artifact)) is not None:
-                facts.costs.append(cost)
-        except (CapipeError, OSError, ValueError, KeyError, TypeError) as error:
+        except (CapipeError, OSError, ValueError) as error:
             facts.damaged[name] = str(error)
             continue
+        try:
+            if (cost := stage_cost(name, artifact)) is not None:
+                facts.costs.append(cost)
+        except (CapipeError, OSError) as error:
+            facts.damaged[f"{name} (costs)"] = str(error)
         try:
             if artifact_spec(artifact.stage).histograms:
                 facts.scores.append(_scores(name, artifact))

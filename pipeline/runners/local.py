@@ -88,8 +88,7 @@ def worker_main(connection: MessageSocket, *, stage: Stage, artifact: Artifact, 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT, signal.SIGHUP})
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu or ""  # None: its model is a server's, or there is no GPU
     failure = asyncio.run(_worker(connection, stage, artifact))
     if failure is not None:
         connection.send(failure)

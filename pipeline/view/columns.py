@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...manifests.schema import LATER
+
 _LEARNT = 64  # rows read to learn the captions' names
 _SHOWN_TEXTS = ("text", "caption", "re_caption", "org_caption")
 _LEFT_OUT = ("raw", "scene", "signature")  # not human-readable
@@ -43,9 +45,7 @@ def flat_columns(parquet: pq.ParquetFile) -> list[Flat]:
         if field.name in _LEFT_OUT:
             continue
         if _is_number(field.type) or pa.types.is_string(field.type):
-            columns.append(
-                Flat(field.name, field.type, (field.name,), partial(_plain, field.name), _is_prose(field.name))
-            )
+            columns.append(Flat(field.name, field.type, (field.name,), partial(_plain, field), _is_prose(field.name)))
         elif pa.types.is_list(field.type):
             columns += _of_list(parquet, field, [path for path in paths if path.split(".")[0] == field.name])
     return columns
@@ -65,8 +65,10 @@ def _is_number(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
-def _plain(name: str, table: pa.Table) -> pa.Array:
-    return table.column(name).combine_chunks()
+def _plain(field: pa.Field, table: pa.Table) -> pa.Array:
+    if field.name in LATER and field.name not in table.column_names:  # a shard of an earlier version
+        return pa.nulls(table.num_rows, field.type)
+    return table.column(field.name).combine_chunks()
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------

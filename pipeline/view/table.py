@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
 from ...manifests.expressions.parser import Expression, parse
+from ...manifests.schema import LATER
 from ...manifests.sidecars import jsonable
 from ..inspect.images import Cache
 from ..inspect.shard_join import ShardJoin, ShardName
@@ -122,7 +123,8 @@ class Table:
 
     def _sources(self) -> dict[str, list[ShardName]]:
         """Artifacts with rows in this table, this one first, each with a few of its shards."""
-        sources: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
+        few = dict.fromkeys((*self.shards[:2], *self.shards[-1:]))
+        sources: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in few]}
         for shard in self.shards:
             for artifact, shard_name in self._beside(shard).items():
                 if len(places := sources.setdefault(artifact, [])) < 3:
@@ -131,13 +133,17 @@ class Table:
         return dict(sorted(sources.items(), key=lambda item: (item[0] != self.name, order[item[0]])))
 
     def _flats(self, places: Sequence[ShardName]) -> list[Flat]:
+        """Columns of the first that can be read, and of the others those that earlier versions did not write."""
+        flats: dict[str, Flat] = {}
         for shard_name in places:
             try:
                 with self._parquet(shard_name) as parquet:
-                    return flat_columns(parquet)
+                    found = flat_columns(parquet)
             except _UNREADABLE:
                 continue
-        return []
+            for flat in found if not flats else [flat for flat in found if flat.name in LATER]:
+                flats.setdefault(flat.name, flat)
+        return list(flats.values())
 
     def _parquet(self, shard_name: ShardName) -> pq.ParquetFile:
         return self.join.artifacts[shard_name.artifact].parquet(shard_name.shard)

@@ -91,7 +91,10 @@ class CountingEngine:
 
 
 class TracedEngine(CountingEngine):
-    """Logs each generation to a file before sending it to the engine: uid, seed, temperature, prompt."""
+    """Logs each generation to a file before sending it to the engine: uid, seed, temperature, prompt.
+
+    Counts nothing: the engine around it does.
+    """
 
     def __init__(self, engine: Engine, path: Path) -> None:
         super().__init__(engine)
@@ -102,6 +105,9 @@ class TracedEngine(CountingEngine):
         entry = [image.uid if image else None, sampling.seed, sampling.temperature, request.prompt.text]
         os.write(self._handle, json.dumps(entry).encode() + b"\n")
         return await self._inner.generate(request)
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        return await self._inner.choose(request)
 
     async def aclose(self) -> None:
         os.close(self._handle)

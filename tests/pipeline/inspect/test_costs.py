@@ -10,14 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
-from capipe.manifests.schema import ANNOTATE, LATER, check
-from capipe.manifests.times import Span, device_seconds
-from capipe.pipeline.inspect.costs import StageCost, parse_prices
+from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import ANNOTATE, LATER, TOKENS, check
+from capipe.manifests.times import Span, Worker, device_seconds
+from capipe.pipeline.inspect.costs import StageCost, parse_prices, stage_cost
+from capipe.pipeline.inspect.discover import find
+from capipe.pipeline.report.facts import gather
 
 
 def test_time_of_a_worker_is_counted_once_however_many_shards_are_open() -> None:
-    spans = [Span("a", 1, 0, 10), Span("a", 1, 5, 20), Span("a", 1, 30, 40), Span("b", 2, 0, 5), Span("c", 0, 1, 2)]
-    assert device_seconds(spans) == (20 + 10 + 2 * 5, 1)
+    one, two, none = Worker("a", 1, 8), Worker("b", 2, 8), Worker("c", 0, 8)
+    spans = [Span(one, 0, 10), Span(one, 5, 20), Span(one, 30, 40), Span(two, 0, 5), Span(none, 1, 2)]
+    assert device_seconds(spans) == (20 + 10 + 2 * 5, 8)
     assert device_seconds([]) == (0, 0)
 
 
@@ -28,8 +32,41 @@ def test_a_million_rows_at_a_price() -> None:
     assert cost.gpu_hours_per_million() == pytest.approx(10)
     assert cost.price_per_million({"GPU": 2.5}) == pytest.approx(25)
     assert cost.price_per_million({"core": 1.0}) is None
-    on_cpu = StageCost("captions", 100, {}, cpu_seconds=3600.0)
+    on_cpu = StageCost("captions", 100, {}, core_seconds=3600.0)
     assert on_cpu.price_per_million({"core": 0.04}) == pytest.approx(400) and on_cpu.gpu_hours_per_million() is None
+
+
+SUMS = {"rows": 1, "prompt_tokens": [9, 1], "image_tokens": [0, 0], "output_tokens": [5, 1]}
+
+
+def artifact_with(folder: Path, sums: Any) -> Artifact:
+    artifact = Artifact.create(str(folder), "annotate", {"model": "m"}, {"shards": "x"})
+    with artifact.begin("00000", ANNOTATE) as made:
+        made.write({**dict.fromkeys(ANNOTATE.names), "key": "a", "status": "ok", "captions": []})
+        made.commit(rows_in=1, input_info={"digest": "d", "url": "u", "bytes": 3}, stats={TOKENS: sums})
+    artifact.close()
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [
+        *(None, 7, [], {}, {**SUMS, "rows": 2}, {**SUMS, "rows": True}, {**SUMS, "rows": "1"}),
+        *({**SUMS, "output_tokens": value} for value in (None, 5, [5], [5, 2], [-5, 1], [5.5, 1], [2**70, 1], "51")),
+    ],
+)
+def test_sums_that_cannot_be_are_one_line_of_a_report_and_of_a_plan(tmp_path: Path, sums: Any) -> None:
+    artifact = artifact_with(tmp_path / "captions", sums)
+    with pytest.raises(ArtifactMismatch, match="captions: shard 00000: the sums of tokens in its manifest are mal"):
+        stage_cost("captions", artifact)
+    facts = gather(find(str(tmp_path)))
+    assert facts.costs == [] and len(facts.links) == 1 and [*facts.damaged] == ["captions (costs)"]
+    assert "\n" not in facts.damaged["captions (costs)"]
+
+
+def test_sums_as_they_are_written(tmp_path: Path) -> None:
+    cost = stage_cost("captions", artifact_with(tmp_path / "captions", SUMS))
+    assert cost is not None and (cost.per_row("prompt_tokens"), cost.per_row("image_tokens")) == (9, None)
 
 
 def test_prices() -> None:

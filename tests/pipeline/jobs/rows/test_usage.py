@@ -19,7 +19,7 @@ from capipe.models.engines.base import (
     RequestError,
 )
 from capipe.pipeline.inspect.costs import stage_cost
-from capipe.pipeline.jobs.rows.counting_engine import CountingEngine
+from capipe.pipeline.jobs.rows.counting_engine import CountingEngine, TracedEngine
 from capipe.pipeline.jobs.rows.usage import counted
 
 from ....conftest import photo
@@ -68,6 +68,21 @@ async def test_what_an_engine_does_not_count_is_unknown_and_what_failed_costs_no
     assert await counted(asks, None) == {"prompt_tokens": 20, "image_tokens": None, "output_tokens": 0}  # type: ignore[arg-type]
 
 
+async def test_the_log_of_requests_changes_no_count(tmp_path: Path) -> None:
+    """The engine that writes it is inside the one that counts."""
+    traced = TracedEngine(Counts(generate=lambda request: "one two three"), tmp_path / "trace")
+    engine = CountingEngine(traced)
+
+    async def asks(row: object) -> dict[str, Any]:
+        await engine.generate(GenerationRequest(Prompt("a b")))
+        await engine.choose(ChoiceRequest(Prompt("x"), ("A", "B")))
+        return {}
+
+    assert await counted(asks, None) == {"prompt_tokens": 12, "image_tokens": 0, "output_tokens": 3}  # type: ignore[arg-type]
+    assert (engine.requests, traced.requests) == (2, 0)
+    await engine.aclose()
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
@@ -94,7 +109,7 @@ def test_captions_in_process_have_their_tokens_and_the_manifest_their_sums(shard
     (broken,) = [each for each in rows if not each["captions"]]
     assert (broken["prompt_tokens"], broken["image_tokens"], broken["output_tokens"]) == (None, None, None)
     cost = stage_cost("captions", Artifact.open(str(out)))
-    assert cost is not None and cost.rows == 3 and cost.cpu_seconds > 0 and cost.gpu_seconds == 0
+    assert cost is not None and cost.rows == 3 and cost.core_seconds > 0 and cost.gpu_seconds == 0
     for column in ("prompt_tokens", "image_tokens", "output_tokens"):
         assert cost.total(column) == sum(each[column] for each in asked)
     capipe("report", tmp_path, "--price", "core=0.04")
