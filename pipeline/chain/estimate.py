@@ -181,8 +181,8 @@ def cost_so_far(stage: ChainStage, folder: Path, prices: Mapping[str, float]) ->
         if means:
             parts.append(f"{sum(means):,.1f} {what}")
     priced = [price for cost in costs if (price := cost.price_per_million(prices)) is not None]
-    price = f"; {sum(priced):,.2f} per million rows, start not included" if priced and len(priced) == len(costs) else ""
-    return f"a row cost {', '.join(parts)} tokens so far{price}" if parts else ""
+    told = f"; {sum(priced):,.2f} per million rows, start not included" if priced and len(priced) == len(costs) else ""
+    return f"a row cost {', '.join(parts)} tokens so far{told}" if parts else ""
 
 
 def shown(hours: float) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from capipe.errors import ArtifactMismatch
 from capipe.manifests import times
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.files.storage import Folder
+from capipe.manifests.object_store import log
 from capipe.manifests.schema import INGEST
 from capipe.manifests.verify import verify
 from capipe.pipeline.inspect.status import state
@@ -81,3 +83,42 @@ def test_folders_from_before_times_had_a_file_tell_theirs(tmp_path: Path) -> Non
     artifact = write(tmp_path / "out")  # resumed
     assert artifact.created == Artifact.open(artifact.url).created == "2025-01-02T03:04:05Z"
     assert state(artifact.url).seconds == 5.0 and verify(artifact.url).faults == []
+
+
+def test_who_worked_on_a_shard_is_kept_with_its_time(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "this_worker", lambda: times.Worker("w", 2, 8))
+    for out in (str(tmp_path / "out"), f"{s3}/worked"):
+        write(out, "00000", "00001")
+        artifact = Artifact.open(out)
+        assert len(artifact.committed()) == 2
+        spans = times.read(artifact.folder, artifact.manifest.notes).spans
+        assert [span.by for span in spans] == [times.Worker("w", 2, 8)] * 2
+        on_gpus, on_cores = times.device_seconds(spans)
+        assert 119 < on_gpus < 130 and on_cores == 0  # both shards were open at once
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("worker", value) for value in (None, "", 7, ["w"])),
+        *(("gpus", value) for value in (None, -1, 1.5, "1", True, 1e400, 2**70)),
+        *(("started", value) for value in (None, -1, "0", 1e400)),
+    ],
+)
+def test_work_that_cannot_be_is_not_counted(tmp_path: Path, name: str, value: Any) -> None:
+    artifact = write(tmp_path / "out", "00000")
+    path = tmp_path / "out/_capipe/times.jsonl"
+    created, line = path.read_text().splitlines()
+    path.write_text(f"{created}\n{json.dumps({**json.loads(line), name: value})}\n")
+    found = times.read(artifact.folder)
+    assert found.spans == () and found.seconds["00000"] > 59
+
+
+def test_notes_of_a_store_from_before_workers_are_read() -> None:
+    folder, attempt = Folder("memory://notes"), "0" * 32
+    older = {"attempt": attempt, "generation": "", "objects": {}, "started": 1.0, "ended": 2.0, "seconds": 1.0}
+    entry = log.parse(folder, "00000.json", b"{}\n" + json.dumps(older).encode())
+    assert (entry.note.worker, entry.note.gpus, entry.note.cores) == ("", 0, 0)
+    for wrong in ({"worker": ["w"]}, {"gpus": "1"}, {"cores": None}):
+        with pytest.raises(ArtifactMismatch, match="not an entry of a manifest"):
+            log.parse(folder, "00000.json", b"{}\n" + json.dumps({**older, **wrong}).encode())

@@ -52,9 +52,30 @@ async def test_batches_equal_the_slow_twin(reference: TransformersEngine, pictur
         slow = await reference.generate_reference(request)
         assert completion.token_ids == slow.token_ids
         assert (completion.text, completion.finish_reason) == (slow.text, slow.finish_reason)
+        assert (completion.prompt_tokens, completion.image_tokens) == (slow.prompt_tokens, slow.image_tokens)
         assert (completion.logprobs is None) == (not request.logprobs)
         if completion.logprobs is not None:
             assert completion.logprobs == pytest.approx(slow.logprobs, abs=1e-4)
+
+
+async def test_a_prompts_tokens_are_counted_with_those_of_its_image(
+    reference: TransformersEngine, pictures: list[ImageInput]
+) -> None:
+    """Whole, though the image was computed for another request; the text's own are as many with and without it."""
+    alone, other = Prompt(PLAIN, pictures[0]), Prompt(DETAILED, pictures[0])
+    answers = await asyncio.gather(
+        *(reference.generate(GenerationRequest(prompt, Sampling(max_tokens=2))) for prompt in (alone, other)),
+        reference.choose(ChoiceRequest(alone, ("A", "B"))),
+        reference.choose(ChoiceRequest(Prompt(PLAIN), ("A", "B"))),
+    )
+    first, second, chosen, blind = answers
+    for answer, prompt in ((first, alone), (second, other), (chosen, alone)):
+        ids = reference.lm.prepare(prompt).ids.tolist()
+        assert answer.prompt_tokens == len(ids) > (answer.image_tokens or 0) > 0
+    assert first.image_tokens == second.image_tokens == chosen.image_tokens and blind.image_tokens == 0
+    assert blind.prompt_tokens is not None and first.prompt_tokens is not None and first.image_tokens is not None
+    # Two tokens stand around the image's own.
+    assert first.prompt_tokens - first.image_tokens - blind.prompt_tokens == 2
 
 
 async def test_log_probabilities_are_of_the_model_or_of_what_was_sampled_from(

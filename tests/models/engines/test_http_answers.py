@@ -129,6 +129,24 @@ async def test_a_server_that_does_not_count_is_counted_for(usage: Any) -> None:
     assert (found.n_tokens, found.logprobs) == (2, (-0.5, -0.25))
 
 
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 300, "prompt_tokens_details": {"image_tokens": 256}}, (300, 256)),
+        ({"prompt_tokens": 300, "prompt_tokens_details": {"cached_tokens": 9}}, (300, None)),
+        ({"prompt_tokens": 300, "prompt_tokens_details": None}, (300, None)),
+        ({"prompt_tokens": "300"}, (None, None)),
+        ({"prompt_tokens": -1, "prompt_tokens_details": {"image_tokens": True}}, (None, None)),
+        (None, (None, None)),
+        ([300], (None, None)),
+    ],
+)
+async def test_the_prompts_tokens_are_those_that_a_server_counts(usage: Any, expected: tuple[int | None, ...]) -> None:
+    choice = {"message": {"role": "assistant", "content": "A dog."}, "finish_reason": "stop"}
+    found = await answered((200, {}, {"choices": [choice], "usage": usage}))
+    assert (found.prompt_tokens, found.image_tokens) == expected
+
+
 @pytest.mark.parametrize("logprobs", [None, {}, {"content": None}, {"content": []}, {"content": ["B"]}, "missing"])
 async def test_a_server_that_ignores_log_probabilities_is_no_reader_by_letters(logprobs: Any) -> None:
     status, headers, content = completion("B", "length", logprobs)

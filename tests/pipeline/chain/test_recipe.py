@@ -276,6 +276,18 @@ def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None
         assert re.search(rf"{rows} / {rate} a second = .* on \d GPUs, {gpu_hours} GPU-hours", plan)
 
 
+def test_a_plan_is_priced_where_its_unit_has_a_price(tmp_path: Path) -> None:
+    told: list[str] = []
+    show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append, {"GPU": 2.5})
+    plan = "\n".join(told)
+    assert re.search(r"96 a second = .* on \d GPUs, 69\.4 GPU-hours at 173\.61, 57\.87 per million rows", plan)
+    total = re.search(r"^price: ([\d,.]+), without \d+ stages on units without one$", plan, re.MULTILINE)
+    assert total is not None and float(total[1].replace(",", "")) == pytest.approx(457.2 * 2.5, abs=0.2)
+    line = one_line(capipe("run", "caprl-5m", "--out", tmp_path / "x", "--price", "GPU=2.5", code=2))
+    assert "--price: belongs to --dry-run" in line
+    assert "give an hour's price" in one_line(capipe("run", "tiny", "--out", "x", "--dry-run", "--price", "1", code=2))
+
+
 def test_no_image_of_the_web_is_paid_twice_in_caprl_5m() -> None:
     """One stage looks at all of them; scores take what it wrote; captions are for what is selected, uncopied."""
     chain = load_chain_recipe(Path("caprl-5m"))

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import USAGE
 from capipe.manifests.shards import uid_of
 from capipe.manifests.withdrawal.absent import prove_absent
 from capipe.manifests.withdrawal.uid_set import UidSet
@@ -111,7 +112,7 @@ def test_a_column_a_question_and_a_row_for_every_row(corpus: Path, answered: Pat
     assert [row["key"] for row in rows] == [row["key"] for row in table(corpus)]
     assert [row["status"] for row in rows] == ["ok"] * 7 + ["corrupt"]
     schema = pq.read_schema(answered / "00000.parquet")
-    assert schema.names == ["key", "uid", "status", "error", *columns]
+    assert schema.names == ["key", "uid", "status", "error", *columns, *(field.name for field in USAGE)]
     assert {str(schema.field(name).type) for name in columns} == {"float"}
     scored = [name for row in rows[:7] for name in columns if row[name] is not None]
     assert len(scored) > 30 and scored.count("ask_blurred") == 7

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import USAGE
 from capipe.manifests.shards import uid_of
 from capipe.manifests.withdrawal.absent import prove_absent
 from capipe.manifests.withdrawal.uid_set import UidSet
@@ -45,6 +46,7 @@ def test_rows_are_withdrawn_without_a_model(
     after = table(out)
     for old, new in zip(before, after, strict=True):
         gone = {"status": "withdrawn", "error": new["error"], "text": None, "captions": []}
+        gone |= {field.name: None for field in USAGE}
         assert new == ({**old, **gone} if old["uid"] in GONE else old)
     assert "(--drop)" in after[7]["error"] and is_clean(out, GONE)
     capipe(*options(shards, tmp_path / "anew", server, *pack), "--drop", drop)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
+from capipe.manifests.schema import USAGE
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.engines.base import ChoiceRequest, EngineDead, Refused, RequestError
@@ -120,8 +121,16 @@ def test_names_wordings_and_the_instruction_are_in_the_fingerprint() -> None:
 
 def test_rooms_requests_and_columns() -> None:
     config = AskConfig(questions=parse_questions(ASKED), reader=YesNoConfig())
-    assert config.schema.names == ["key", "uid", "status", "error", "ask_star", "ask_text"]
-    assert {str(config.schema.field(name).type) for name in config.schema.names[4:]} == {"float"}
+    assert config.schema.names == [
+        "key",
+        "uid",
+        "status",
+        "error",
+        "ask_star",
+        "ask_text",
+        *(field.name for field in USAGE),
+    ]
+    assert {str(config.schema.field(name).type) for name in ("ask_star", "ask_text")} == {"float"}
     assert config.requests == 4
     sampled = AskConfig(questions=config.questions, reader=YesNoConfig(mode="sampled", samples=3, orders=1))
     assert sampled.requests == 6

@@ -112,6 +112,10 @@ def test_captions_in_process_have_their_tokens_and_the_manifest_their_sums(shard
     assert cost is not None and cost.rows == 3 and cost.core_seconds > 0 and cost.gpu_seconds == 0
     for column in ("prompt_tokens", "image_tokens", "output_tokens"):
         assert cost.total(column) == sum(each[column] for each in asked)
+    again = tmp_path / "again"
+    capipe("annotate", "--shards", shards, "--out", again, *words, "--concurrency", 1)
+    first, second = (Artifact.open(str(place)) for place in (out, again))
+    assert first.committed() == second.committed() and first.manifest_digest() == second.manifest_digest()
     capipe("report", tmp_path, "--price", "core=0.04")
     page = (tmp_path / "report.html").read_text()
     assert "What the stages that ask a model cost" in page and "price per million" in page
