@@ -208,7 +208,7 @@ def _about_the_image(text: str) -> str:
     marks = list(_IMAGE_MARK.finditer(text))
     for mark in reversed(marks):
         before, after = text[: mark.start()], text[mark.end() :]
-        at_end = not before.strip() or not after.strip()
+        at_end = not _IMAGE_MARK.sub("", before).strip() or not _IMAGE_MARK.sub("", after).strip()
         text = f"{before}{after}".strip() if at_end else f"{before}the image{after}"
     return text
 

@@ -65,7 +65,8 @@ def test_captionqa(tmp_path: Path) -> None:
     [
         ("Which color?\nA. red\nB. blue", "Which color?"),
         (
-            "Question: Which color?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above.",
+            "Question: Which color?\nOptions:\nA. red\nB. blue\n"
+            "Please select the correct answer from the options above.",
             "Which color?",
         ),
         (f"<image>\n{HINT}\nQuestion: Which color?\nChoices:\n(A) red\n(B) blue", "Which color?"),
