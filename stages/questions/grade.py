@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
+from ...manifests.configuration import Growing
 from ...manifests.shards import Row
 from ...manifests.status import QuestionStatus, Status
 from ...models.quiz import SELF_ORACLE, Question, self_oracle
@@ -22,16 +23,18 @@ from ...models.reader import QuizReader, Reading
 from ...models.tiny.world.captions import dense_caption
 from ...models.tiny.world.scenes import Scene
 from .screen import QUESTIONS, question_of
+from .word_budgets import budget_of, budgeted, cut
 
 CAPTIONS = "captions"  # name of the companion artifact
 #: Control captions, graded beside the captions, from the best expected to the worst.
 CONTROLS = ("oracle", "self-oracle", "generic", "empty", "blind")
 
 
-class GradeConfig(BaseModel):
+class GradeConfig(Growing):
     """Options of grading and its controls. All of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("words",)
 
     presentations: int | None = Field(
         None, ge=1, description="cyclic orders in which a question is put; all by default"
@@ -49,6 +52,14 @@ class GradeConfig(BaseModel):
         pattern=r"^[^{}]*\{question\}[^{}]*\{answer\}[^{}]*$",
         description="how a question and its right option stand in the caption that tells all answers",
     )
+    words: tuple[int, ...] = Field((), description="budgets: each caption is graded cut at so many words, too")
+
+    @field_validator("words")
+    @classmethod
+    def _budgets(cls, words: tuple[int, ...]) -> tuple[int, ...]:
+        if any(budget < 1 for budget in words):
+            raise ValueError(f"a budget of {min(words)} words, not at least 1")
+        return tuple(sorted(set(words)))  # the order changes nothing
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,16 @@ class Grader:
         """Output row for an image with its captions and questions. Raises only EngineDead."""
         out = passed_on(row)
         questions = kept_questions(row.beside[QUESTIONS])
-        subjects = captions_of(row.beside[CAPTIONS])
+        subjects = within_budgets(captions_of(row.beside[CAPTIONS]), self.config.words)
         if self.config.controls:
             subjects += controls(row, questions, self.config)
         if not questions or not subjects:
             return out
         unscored: list[str] = []
         read: list[Reading] = []
+        of_text: dict[str | None, list[Reading]] = {}
         for subject in subjects:
-            readings = await self._readings(subject, questions)
+            readings = await self._readings(subject, questions, of_text)
             unscored += [error for reading in readings for error in reading.errors]
             read += readings
             out["captions"].append(_graded(subject, readings))
@@ -91,10 +103,17 @@ class Grader:
             return out
         return {**out, "status": str(Status.OK), "error": _note(read) or out["error"]}
 
-    async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
+    async def _readings(
+        self, subject: Subject, questions: list[Question], of_text: dict[str | None, list[Reading]]
+    ) -> list[Reading]:
+        """Answers from a caption. ``of_text``: those so far; a caption within its budget is not asked about again."""
         if subject.status == Status.ENGINE_ERROR:  # no caption at all, which differs from an empty one
             return []
-        return await self.reader.read(subject.text, questions)
+        if budget_of(subject.name) is not None and subject.text in of_text:
+            return of_text[subject.text]
+        readings = await self.reader.read(subject.text, questions)
+        of_text[subject.text] = readings
+        return readings
 
 
 def _note(readings: Sequence[Reading]) -> str | None:
@@ -116,6 +135,17 @@ def captions_of(beside: Mapping[str, Any]) -> list[Subject]:
         Subject(entry["name"], entry["text"] or "", entry["n_tokens"], entry["status"])
         for entry in beside["captions"] or []
     ]
+
+
+def within_budgets(captions: Sequence[Subject], words: Sequence[int]) -> list[Subject]:
+    """``captions``, and after them each one cut at each number of ``words``; of those cut no token count is known."""
+    return [*captions, *(_within(caption, budget) for budget in words for caption in captions)]
+
+
+def _within(caption: Subject, words: int) -> Subject:
+    text = cut(caption.text or "", words)
+    n_tokens = caption.n_tokens if text == caption.text else None
+    return Subject(budgeted(caption.name, words), text, n_tokens, caption.status)
 
 
 def controls(row: Row, questions: Sequence[Question], config: GradeConfig) -> list[Subject]:
