@@ -65,6 +65,10 @@ class EvalOptions:
     ] = None
     sentences: VlmOptions
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None
+    words: Annotated[
+        list[int] | None,
+        typer.Option(help="Grade each caption cut at so many words, too: a curve over budgets; may be repeated."),
+    ] = None
     clip: Annotated[
         str | None,
         typer.Option(help="CLIP for recall at 1, 5 and 10; one that was neither reward nor filter: tiny/eval-clip."),
@@ -138,7 +142,8 @@ def check(options: EvalOptions) -> EvalConfigs:
         options.captioner.check(annotate.sampling)
     generic = {} if options.generic is None else {"generic": options.generic}
     presentations = options.reading.presentations
-    grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, **generic)
+    words = tuple(options.words or ())
+    grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, words=words, **generic)
     return EvalConfigs(annotate, grade)
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -52,13 +52,13 @@ class GradeConfig(Growing):
         pattern=r"^[^{}]*\{question\}[^{}]*\{answer\}[^{}]*$",
         description="how a question and its right option stand in the caption that tells all answers",
     )
-    words: tuple[int, ...] = Field((), description="budgets: each caption is graded cut at so many words, too")
+    words: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="budgets: each caption is graded cut at so many words, too"
+    )
 
     @field_validator("words")
     @classmethod
     def _budgets(cls, words: tuple[int, ...]) -> tuple[int, ...]:
-        if any(budget < 1 for budget in words):
-            raise ValueError(f"a budget of {min(words)} words, not at least 1")
         return tuple(sorted(set(words)))  # the order changes nothing
 
 

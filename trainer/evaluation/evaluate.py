@@ -13,7 +13,9 @@ from ...models.scorers.sentence_truth import TRUE_FROM
 from ...models.scorers.sentences import split_sentences
 from ...models.tiny.world.grade import grade, is_true, parse
 from ...models.tiny.world.scenes import Scene
+from ...stages.questions.answer_scores import captionqa_score
 from ...stages.questions.grade import CONTROLS
+from ...stages.questions.word_budgets import budget_of
 from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, PositionCounts, cautions
 from .bootstrap import NOTHING, RECALL_AT, RESAMPLES, Estimate, Figure, Ratios, found_at
 from .graded_rows import GradedCaption, GradedImage, GradedQuestion, mean, places_of_answer, read_row, scored_answers
@@ -138,6 +140,7 @@ class _SystemTally:
             ),
             unscored=self.unscored,
             invented=figure("invented"),
+            score=figure("score"),
         )
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s", "wrong")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
@@ -220,7 +223,8 @@ class _Tally:
                 self.ratios.add((name, "cosine", ""), image, cosine)
             if (logp := self.logps.get(caption.text)) and name != "blind":
                 self.ratios.add((name, "logp", ""), image, sum(logp), len(logp))
-            if (truths := self.truths.get((graded.image, caption.text))) is not None:
+            truths = self.truths.get((graded.image, caption.text))
+            if truths is not None and budget_of(name) is None:  # cut captions are not checked, but some are whole
                 self._add_sentences(name, caption.text, truths, graded.scene, image)
             if graded.scene is not None and name not in _UNTRUE:
                 tally.graded += 1
@@ -237,6 +241,8 @@ class _Tally:
         self.ratios.add((name, "accuracy", question.kind), image, accuracy)
         self.ratios.add((name, "best", ""), image, max(answer.accuracy for answer in answers))
         self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
+        scores = [captionqa_score(each.right, each.abstained, each.scored, question.options) for each in answers]
+        self.ratios.add((name, "score", ""), image, mean(scores))
         if question.kind == ABSENT:
             said = [(answer.scored - answer.right - answer.abstained) / answer.scored for answer in answers]
             self.ratios.add((name, "invented", ""), image, mean(said))

@@ -71,6 +71,7 @@ class Quiz:
     by_place: tuple[PositionAccuracy, ...]
     unscored: int
     invented: Estimate = NOTHING  # answers that an absent thing is there, among questions about such things
+    score: Estimate = NOTHING  # CaptionQA's: to abstain counts more than a guess; see stages/questions/answer_scores.py
 
 
 @dataclass(frozen=True)
