@@ -173,6 +173,17 @@ QUESTIONS = pa.schema(
     ]
 )
 
+OPEN_QUESTION = pa.struct(
+    [
+        pa.field("id", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("question", pa.string()),
+        pa.field("answers", pa.list_(pa.string())),  # the accepted ones
+    ]
+)
+#: Imported questions, those without options in a column of their own, which readers that know none do not see.
+QUESTIONS_WITH_OPEN = pa.schema([*QUESTIONS, pa.field("open_questions", pa.list_(OPEN_QUESTION))])
+
 #: An answer is the index of the chosen option, the number of options for "Cannot tell", null if it was not scored.
 ANSWERS = pa.list_(pa.int32())
 SCREENED_QUESTION = pa.struct(
