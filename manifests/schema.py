@@ -242,6 +242,26 @@ GRADE = pa.schema(
     ]
 )
 
+#: Graded captions with answers in words to open-ended questions.
+GRADE_WITH_OPEN = pa.schema(
+    [
+        *GRADE,
+        pa.field("open_questions", pa.list_(OPEN_QUESTION)),
+        pa.field(
+            "open_answers",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("name", pa.string()),  # the caption's
+                        pa.field("id", pa.string()),  # the question's
+                        pa.field("answer", pa.string()),  # null if the model refused
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
 
 #: The captions of an evaluation, checked sentence by sentence.
 CHECKED = pa.schema(

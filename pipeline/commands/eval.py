@@ -182,7 +182,8 @@ def evaluate(options: EvalOptions) -> None:
     style = options.reading.reader_prompt
     reads = ReaderConfig(presentations=config.grade.presentations, mode=mode, prompt=style)
     setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
-    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style)
+    opened = has_open_ended(questions)
+    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style, open_ended=opened)
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)
@@ -205,6 +206,11 @@ def evaluate(options: EvalOptions) -> None:
     if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def has_open_ended(questions: Artifact) -> bool:
+    """Whether the questions were imported with open-ended ones."""
+    return questions.config["semantic"].get("open_ended") is True
 
 
 def finished(code: Exit) -> Exit:

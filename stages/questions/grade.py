@@ -22,6 +22,7 @@ from ...models.quiz import SELF_ORACLE, Question, self_oracle
 from ...models.reader import QuizReader, Reading
 from ...models.tiny.world.captions import dense_caption
 from ...models.tiny.world.scenes import Scene
+from .open_ended import OpenAnswer, OpenQuestion, OpenReader, restored, stored
 from .screen import QUESTIONS, question_of
 from .word_budgets import budget_of, budgeted, cut
 
@@ -78,6 +79,7 @@ class Grader:
 
     reader: QuizReader
     config: GradeConfig
+    open_reader: OpenReader | None = None  # answers open-ended questions, if they are asked
 
     async def grade(self, row: Row) -> dict[str, Any]:
         """Output row for an image with its captions and questions. Raises only EngineDead."""
@@ -86,7 +88,8 @@ class Grader:
         subjects = within_budgets(captions_of(row.beside[CAPTIONS]), self.config.words)
         if self.config.controls:
             subjects += controls(row, questions, self.config)
-        if not questions or not subjects:
+        opened = open_questions(row.beside[QUESTIONS]) if self.open_reader is not None else []
+        if not subjects or not (questions or opened):
             return out
         unscored: list[str] = []
         read: list[Reading] = []
@@ -96,12 +99,30 @@ class Grader:
             unscored += [error for reading in readings for error in reading.errors]
             read += readings
             out["captions"].append(_graded(subject, readings))
+        if opened:
+            answers = await self._answers(subjects, opened)
+            unscored += [answer.error for _, answer in answers if answer.error and not answer.refused]
+            out["open_questions"] = [stored(question) for question in opened]
+            out["open_answers"] = [
+                {"name": name, "id": answer.question.id, "answer": answer.text} for name, answer in answers
+            ]
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
-        if not any(graded["answers"] for graded in out["captions"]):
+        if not opened and not any(graded["answers"] for graded in out["captions"]):
             return out
         return {**out, "status": str(Status.OK), "error": _note(read) or out["error"]}
+
+    async def _answers(
+        self, subjects: Sequence[Subject], questions: Sequence[OpenQuestion]
+    ) -> list[tuple[str, OpenAnswer]]:
+        """Answers in words from each caption, by its name; the self-oracle tells none of these questions'."""
+        assert self.open_reader is not None
+        found: list[tuple[str, OpenAnswer]] = []
+        for subject in subjects:
+            if subject.status != Status.ENGINE_ERROR and subject.name != "self-oracle":
+                found += [(subject.name, answer) for answer in await self.open_reader.read(subject.text, questions)]
+        return found
 
     async def _readings(
         self, subject: Subject, questions: list[Question], of_text: dict[str | None, list[Reading]]
@@ -118,7 +139,7 @@ class Grader:
 
 def _note(readings: Sequence[Reading]) -> str | None:
     """Note on a graded row: no readable answer, or truncated thoughts."""
-    if not any(reading.scored for reading in readings):
+    if readings and not any(reading.scored for reading in readings):
         return f"no answer names an option; the first is {next(reading.instead for reading in readings)}"
     cut = sum(reading.cut for reading in readings)
     return f"{cut} answers came after a thought that was cut at its limit" if cut else None
@@ -127,6 +148,11 @@ def _note(readings: Sequence[Reading]) -> str | None:
 def kept_questions(beside: Mapping[str, Any]) -> list[Question]:
     """Usable questions of a question artifact's row."""
     return [question_of(entry) for entry in beside["questions"] or [] if entry["status"] == QuestionStatus.OK]
+
+
+def open_questions(beside: Mapping[str, Any]) -> list[OpenQuestion]:
+    """Open-ended questions of a question artifact's row; those that were imported without them have none."""
+    return [restored(entry) for entry in beside.get("open_questions") or []]
 
 
 def captions_of(beside: Mapping[str, Any]) -> list[Subject]:
