@@ -254,7 +254,7 @@ GRADE_WITH_OPEN = pa.schema(
                     [
                         pa.field("name", pa.string()),  # the caption's
                         pa.field("id", pa.string()),  # the question's
-                        pa.field("answer", pa.string()),  # null if the model refused
+                        pa.field("answer", pa.string()),  # null if the model refused, or the request failed
                     ]
                 )
             ),

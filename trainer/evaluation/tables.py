@@ -17,6 +17,7 @@ from ...terminal import escaped
 from .budget_table import budget_grid
 from .cells import NONE, Grid, number, percent, share, with_interval
 from .evaluate import kinds_in_order
+from .open_table import open_grid
 from .results import Comparison, Difference, EvaluationReport, ShownCaption, System
 
 _LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
@@ -38,6 +39,7 @@ def terminal(value: EvaluationReport | Comparison) -> list[Table]:
         for grid in (
             _quiz_grid(value),
             budget_grid(value),
+            open_grid(value),
             _truth_grid(value),
             _sentence_grid(value),
             _retrieval_grid(value),
@@ -67,6 +69,7 @@ def _report_page(report: EvaluationReport) -> Iterator[str]:
     for grid in (
         _quiz_grid(report),
         budget_grid(report),
+        open_grid(report),
         _truth_grid(report),
         _sentence_grid(report),
         _retrieval_grid(report),
