@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class OpenEndedAnswer:
-    """An answer in words from one caption: the question's id, what is accepted, and what was said; None without answer."""
+    """An answer in words from one caption: the question's id, what is accepted, and what was said, if anything."""
 
     id: str
     accepted: tuple[str, ...]

@@ -24,8 +24,8 @@ def open_grid(report: EvaluationReport) -> Grid:
         if (entry := system.open_ended) is not None
     ]
     note = (
-        "Relaxed: numbers within 5 %, texts equal but for case and a final full stop (ChartQA). Scaled: the number times "
-        "1, 0.01 or 100, too (CapRL, for charts). ANLS: similarity by edit distance, 0 from a distance of a half. "
+        "Relaxed: numbers within 5 %, texts equal but for case and a final full stop (ChartQA). Scaled: the number "
+        "times 1, 0.01 or 100, too (CapRL, for charts). ANLS: similarity by edit distance, 0 from one of a half. "
         "Unanswered: refused, or failed; in no figure."
     )
     header = ("system", "relaxed %", "scaled %", "ANLS %", "cannot tell %", "questions", "unanswered")

@@ -10,14 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from capipe.manifests.schema import GRADE
+from capipe.manifests.schema import GRADE, GRADE_WITH_OPEN
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engines.base import ChoiceRequest, EngineDead, RequestError
+from capipe.models.engines.base import ChoiceRequest, EngineDead, GenerationRequest, RequestError
 from capipe.models.quiz import READ_NOTHING, caption_prompt
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.tiny.world.scenes import Scene, Sign, Thing, sample_scene
 from capipe.stages.questions.grade import GradeConfig, Grader, passed_on, scene_of
+from capipe.stages.questions.open_ended import OpenQuestion, OpenReader, stored
 from capipe.stages.questions.validate import RawQuestion, checked
 
 from ...scripted import IMAGE, Scores, Scripted, knows, pick
@@ -308,3 +309,48 @@ def test_budgets_are_in_the_fingerprint_and_grades_without_any_keep_theirs() -> 
     assert GradeConfig(words=(100, 50, 50)).model_dump(mode="json")["words"] == [50, 100]
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         GradeConfig(words=(50, 0))
+
+
+# --- open-ended questions --------------------------------------------------------------------------------------------
+
+
+def says_what_is_told(request: GenerationRequest) -> str:
+    text = request.prompt.text
+    said = text[text.index("<caption>") : text.index("</caption>")] if "<caption>" in text else ""
+    return "The answer is blue." if "blue" in said else "Cannot tell"
+
+
+def open_grader(answer: Callable[[GenerationRequest], str | Exception] = says_what_is_told) -> Grader:
+    engine = Scripted(reads, answer)
+    return Grader(QuizReader(engine, ReaderConfig()), GradeConfig(), OpenReader(engine))
+
+
+OPEN = [stored(OpenQuestion("What color is the star?", ("blue", "dark blue"), "color"))]
+
+
+async def test_open_ended_questions_are_answered_in_words_from_every_caption() -> None:
+    out = await open_grader().grade(row(questions=questions(open_questions=OPEN)))
+    assert out["open_questions"] == OPEN and out["status"] == "ok"
+    assert {each["name"]: each["answer"] for each in out["open_answers"]} == {
+        "plain#0": "blue",
+        "plain#1": "Cannot tell",
+        **dict.fromkeys(CONTROLS, "Cannot tell"),
+    }
+    assert summary(out) == summary(await grader().grade(row())), "multiple choice is as without them"
+    table = pa.Table.from_pylist([out], schema=GRADE_WITH_OPEN)
+    assert table.column("open_questions").to_pylist() == [OPEN]
+
+
+async def test_a_row_may_have_open_ended_questions_alone() -> None:
+    alone = questions(questions=[], open_questions=OPEN)
+    out = await open_grader().grade(row(questions=alone))
+    assert (out["status"], out["error"], len(out["open_answers"])) == ("ok", None, 5)
+    assert (await grader().grade(row(questions=alone)))["captions"] == [], "a reader that is not to answer them"
+
+
+async def test_a_failed_request_for_words_leaves_the_row_unresolved() -> None:
+    out = await open_grader(lambda request: RequestError("timed out")).grade(
+        row(questions=questions(open_questions=OPEN))
+    )
+    assert (out["status"], out["error"]) == ("engine_error", "5 answers were not scored: timed out")
+    assert {each["answer"] for each in out["open_answers"]} == {None}

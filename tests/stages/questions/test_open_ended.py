@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from capipe.manifests.schema import QUESTIONS, QUESTIONS_WITH_OPEN, check
 from capipe.models.engines.base import EngineDead, GenerationRequest, Refused, RequestError
+from capipe.stages.questions.grade import open_questions
+from capipe.stages.questions.import_sets import QuestionRecord
 from capipe.stages.questions.layouts import read_question
+from capipe.stages.questions.match import ImageNames, QuestionIndex
 from capipe.stages.questions.open_ended import (
     READ_OPEN,
     READ_OPEN_BLIND,
@@ -101,3 +106,30 @@ async def test_failures_are_answers_with_their_errors() -> None:
 )
 def test_abstaining(answer: str, nothing: bool) -> None:
     assert says_nothing(answer) == nothing
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_s_open_ended_questions_are_kept_apart_only_if_asked_for() -> None:
+    entries = [
+        {"question": "What color is it?", "answer": "blue"},
+        {"question": "What color is it?", "answer": ["blue"]},
+        {"question": "Which?", "options": ["x", "y"], "answer": "x"},
+        {"question": "Why?"},
+    ]
+    record = QuestionRecord(("a.jpg",), tuple(map(read_question, entries)), "{}", "set:1")
+    image = ImageNames("0", "/data/a.jpg", "f" * 32)
+    kept = QuestionIndex([record], [image], open_ended=True).lookup(image.uid, image.key, image.source)
+    assert kept is not None and kept.open_ended == (OpenQuestion("What color is it?", ("blue",)),)
+    assert [entry["status"] for entry in kept.questions] == ["ok", "bad_options"]
+    refused = QuestionIndex([record], [image]).lookup(image.uid, image.key, image.source)
+    assert refused is not None and refused.open_ended == ()
+    assert [entry["status"] for entry in refused.questions] == ["bad_options", "bad_options", "ok", "bad_options"]
+
+
+def test_older_readers_of_questions_do_not_see_open_ended_ones() -> None:
+    found = [{**dict.fromkeys(QUESTIONS.names), "key": "k", "status": "ok", "open_questions": [stored(COLOR)]}]
+    table = pa.Table.from_pylist(found, schema=QUESTIONS_WITH_OPEN)
+    check(table.schema, QUESTIONS, "the questions")
+    assert open_questions(table.to_pylist()[0]) == [COLOR] and open_questions(dict.fromkeys(QUESTIONS.names)) == []
