@@ -185,6 +185,17 @@ QUESTIONS = pa.schema(
     ]
 )
 
+OPEN_QUESTION = pa.struct(
+    [
+        pa.field("id", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("question", pa.string()),
+        pa.field("answers", pa.list_(pa.string())),  # the accepted ones
+    ]
+)
+#: Imported questions, those without options in a column of their own, which readers that know none do not see.
+QUESTIONS_WITH_OPEN = pa.schema([*QUESTIONS, pa.field("open_questions", pa.list_(OPEN_QUESTION))])
+
 #: An answer is the index of the chosen option, the number of options for "Cannot tell", null if it was not scored.
 ANSWERS = pa.list_(pa.int32())
 SCREENED_QUESTION = pa.struct(
@@ -240,6 +251,26 @@ GRADE = pa.schema(
         pa.field("captions", pa.list_(GRADED_CAPTION)),
         pa.field("scene", pa.string()),  # ground truth as JSON, if the image contains it
         *USAGE,
+    ]
+)
+
+#: Graded captions with answers in words to open-ended questions.
+GRADE_WITH_OPEN = pa.schema(
+    [
+        *GRADE,
+        pa.field("open_questions", pa.list_(OPEN_QUESTION)),
+        pa.field(
+            "open_answers",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("name", pa.string()),  # the caption's
+                        pa.field("id", pa.string()),  # the question's
+                        pa.field("answer", pa.string()),  # null if the model refused, or the request failed
+                    ]
+                )
+            ),
+        ),
     ]
 )
 

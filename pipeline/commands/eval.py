@@ -65,6 +65,10 @@ class EvalOptions:
     ] = None
     sentences: VlmOptions
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None
+    words: Annotated[
+        list[int] | None,
+        typer.Option(help="Grade each caption cut at so many words, too: a curve over budgets; may be repeated."),
+    ] = None
     clip: Annotated[
         str | None,
         typer.Option(help="CLIP for recall at 1, 5 and 10; one that was neither reward nor filter: tiny/eval-clip."),
@@ -138,7 +142,8 @@ def check(options: EvalOptions) -> EvalConfigs:
         options.captioner.check(annotate.sampling)
     generic = {} if options.generic is None else {"generic": options.generic}
     presentations = options.reading.presentations
-    grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, **generic)
+    words = tuple(options.words or ())
+    grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, words=words, **generic)
     return EvalConfigs(annotate, grade)
 
 
@@ -177,7 +182,8 @@ def evaluate(options: EvalOptions) -> None:
     style = options.reading.reader_prompt
     reads = ReaderConfig(presentations=config.grade.presentations, mode=mode, prompt=style)
     setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
-    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style)
+    opened = has_open_ended(questions)
+    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style, open_ended=opened)
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)
@@ -200,6 +206,11 @@ def evaluate(options: EvalOptions) -> None:
     if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def has_open_ended(questions: Artifact) -> bool:
+    """Whether the questions were imported with open-ended ones."""
+    return questions.config["semantic"].get("open_ended") is True
 
 
 def finished(code: Exit) -> Exit:

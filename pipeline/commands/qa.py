@@ -75,6 +75,10 @@ class QaOptions:
     distractors: Annotated[
         int, typer.Option(help="--import: wrong options for open-ended questions, from the set's other answers.")
     ] = 0
+    open_ended: Annotated[
+        bool,
+        typer.Option("--open-ended", help="--import: keep questions without options, for `capipe eval`; not screened."),
+    ] = False
     engine: o.EngineName = "auto"
     screen_model: Annotated[str | None, typer.Option(help="Model that screens; the writer by default.")] = None
     screen_engine: Annotated[str | None, typer.Option(help="Its engine; the writer's kind by default.")] = None
@@ -149,6 +153,7 @@ def check(options: QaOptions) -> QaConfigs:
         raise BadInput(
             f"--distractors {options.distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
         )
+    check_open_ended(options)
     if options.absent and options.model is None:
         raise BadInput(
             f"--absent {options.absent}: the writer names absent things, and --import has none; leave it out"
@@ -164,6 +169,18 @@ def check(options: QaOptions) -> QaConfigs:
     if options.model is not None:
         options.writer.check(write.sampling)
     return QaConfigs(write, screen)
+
+
+def check_open_ended(options: QaOptions) -> None:
+    """Raise BadInput where open-ended questions cannot be kept."""
+    if not options.open_ended:
+        return
+    if options.import_ is None:
+        raise BadInput("--open-ended: a writer asks no such questions; leave it out, or give --import")
+    if options.distractors:
+        raise BadInput(f"--distractors {options.distractors}: makes options for open-ended questions; leave one out")
+    if options.screening.screen != "none":
+        raise BadInput("--open-ended: such questions are not screened; give --screen none")
 
 
 @flattened
@@ -228,7 +245,8 @@ def import_questions(options: QaOptions, out: str) -> Exit:
     from ..jobs.rows.engine import plan
 
     assert options.import_ is not None
-    stage = ImportStage(options.import_, tuple(expand(options.shards)), options.distractors, options.sampling.seed)
+    inputs = tuple(expand(options.shards))
+    stage = ImportStage(options.import_, inputs, options.distractors, options.sampling.seed, options.open_ended)
     refused = stage.refused()  # reads the whole set: its errors are found before anything is written
     strangers = stage.unmatched()
     runs = options.run.plan_options(options.retry)

@@ -145,6 +145,8 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         "reader": f"{reader}, {_presented(graded.setting('semantic', 'grade', kind=dict).get('presentations'))}",
         "reader identity": fingerprint({"model": graded.setting("semantic", "model", kind=str), "asked": asked})[:16],
     }
+    if words := graded.setting("semantic", "grade", kind=dict).get("words"):
+        facts["word budgets"] = words
     if "prompt" in asked:
         facts["reader prompt"] = asked["prompt"]
     for role in ("questions", "captions"):

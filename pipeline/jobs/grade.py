@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...manifests.schema import GRADE
+from ...manifests.schema import GRADE, GRADE_WITH_OPEN
 from ...manifests.shards import Row
 from ...models.context_check import check_asked, room
 from ...models.engines.base import Engine
@@ -15,6 +15,7 @@ from ...models.quiz import PromptStyle, Question
 from ...models.reader import QuizReader, ReaderConfig
 from ...stages.questions import grade
 from ...stages.questions.grade import GradeConfig, Grader
+from ...stages.questions.open_ended import OpenReader, OpenReaderConfig
 from .rows.engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 from .rows.reader_checks import too_long
 
@@ -35,6 +36,7 @@ class GradeStage:
     asked: tuple[Question, ...] = ()
     longest: int = 0
     prompt: PromptStyle = "own"
+    open_ended: bool = False  # the questions have open-ended ones, to be answered in words
     name: str = "grade"
 
     def semantic(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class GradeStage:
             **self.setup.semantic(),
             "grade": self.config.model_dump(mode="json"),
             "reader": self.reader.model_dump(),
+            **({"open_ended": OpenReaderConfig().model_dump()} if self.open_ended else {}),
         }
 
     @property
@@ -92,7 +95,9 @@ class GradeProcessor(SidecarProcessor):
 
     def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
         super().__init__(loaded, lambda concurrency: ROWS + 2 * concurrency // REQUESTS_PER_ROW)
-        self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
+        self.schema = GRADE_WITH_OPEN if stage.open_ended else GRADE
+        open_reader = OpenReader(loaded.engine) if stage.open_ended else None
+        self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config, open_reader)
 
     async def process_row(self, row: Row) -> dict[str, Any]:
         return await self._grader.grade(row)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import BadInput
 from ...manifests.files.stores import filesystem
-from ...manifests.schema import QUESTIONS, SCREEN
+from ...manifests.schema import QUESTIONS, QUESTIONS_WITH_OPEN, SCREEN
 from ...manifests.shards import InputShard, Row, RowReader
 from ...manifests.status import Status
 from ...models.engines.loading import EngineConfig, vllm_runs
@@ -23,6 +23,7 @@ from ...stages.questions import screen, write
 from ...stages.questions.distractors import close_sets
 from ...stages.questions.import_sets import read_question_set
 from ...stages.questions.match import Found, ImageNames, QuestionIndex, Unmatched
+from ...stages.questions.open_ended import stored
 from ...stages.questions.screen import ScreenConfig, Screener
 from ...stages.questions.write import QuestionsConfig, QuestionWriter
 from ..runners.worker import RowByRow
@@ -115,17 +116,20 @@ class ScreenProcessor(SidecarProcessor):
 
 @dataclass(frozen=True)
 class ImportStage:
-    """Imports questions from an existing set. ``distractors``: wrong options for open-ended ones, 0 for none."""
+    """Imports questions from an existing set. ``distractors``: wrong options for open-ended ones, 0 for none;
+    ``open_ended``: keep those without options, for readers that answer in words."""
 
     path: str
     shards: tuple[InputShard, ...]
     distractors: int = 0
     seed: int = 0
+    open_ended: bool = False
     name: str = "questions"
     setup: None = None
 
     def semantic(self) -> dict[str, Any]:
-        return {"imported": _digest(self.path), "distractors": self.distractors, "seed": self.seed}
+        kept = {"open_ended": True} if self.open_ended else {}  # absent as in folders of earlier versions
+        return {"imported": _digest(self.path), "distractors": self.distractors, "seed": self.seed, **kept}
 
     @cached_property
     def index(self) -> QuestionIndex:
@@ -133,7 +137,7 @@ class ImportStage:
         records = read_question_set(self.path)
         if self.distractors:
             records = iter(close_sets(records, seed=self.seed, distractors=self.distractors))
-        return QuestionIndex(records, self.names.values())
+        return QuestionIndex(records, self.names.values(), self.open_ended)
 
     def refused(self) -> str | None:
         """Number of unusable questions about the images, and why; None if all can be used.
@@ -150,7 +154,7 @@ class ImportStage:
             )
         entries = [entry for match in about for entry in match.questions]
         bad = [entry for entry in entries if entry["status"] != Status.OK]
-        if len(bad) == len(entries):
+        if len(bad) == len(entries) and not any(match.open_ended for match in about):
             why = commonest_reasons(bad) or next((match.error for match in about if match.error), "no question is left")
             raise BadInput(f"{self.path}: none of its {len(entries)} questions about the images can be used: {why}")
         return f"{len(bad)} of {len(entries)} questions cannot be used: {commonest_reasons(bad)}" if bad else None
@@ -176,6 +180,7 @@ class ImportProcessor(RowByRow):
 
     def __init__(self, stage: ImportStage) -> None:
         self._stage = stage
+        self.schema = QUESTIONS_WITH_OPEN if stage.open_ended else QUESTIONS
 
     async def process_row(self, row: Row) -> dict[str, Any]:
         out = write.passed_on(row)
@@ -183,7 +188,8 @@ class ImportProcessor(RowByRow):
         match = self._stage.index.lookup(row.uid, row.key, names.source)
         if match is None:
             return {**out, "status": str(Status.EMPTY), "error": "the set has no question about this image"}
-        return {**out, **_imported(match), "writer": self._stage.path}
+        opened = {"open_questions": [stored(each) for each in match.open_ended]} if self._stage.open_ended else {}
+        return {**out, **_imported(match), **opened, "writer": self._stage.path}
 
     def passed_on(self, row: Row) -> dict[str, Any]:
         return write.passed_on(row)
@@ -198,7 +204,7 @@ class ImportProcessor(RowByRow):
 
 
 def _imported(match: Found) -> dict[str, Any]:
-    usable = any(entry["status"] == Status.OK for entry in match.questions)
+    usable = bool(match.open_ended) or any(entry["status"] == Status.OK for entry in match.questions)
     status, error = (Status.OK, match.error) if usable else (Status.EMPTY, match.error or "no question can be used")
     return {"status": str(status), "error": error, "questions": match.questions, "raw": match.raw.splitlines()}
 

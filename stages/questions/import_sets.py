@@ -29,12 +29,13 @@ from ..reading.bounded_rows import Beyond, bounded_lines, json_row
 from ..reading.conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
 from ..reading.files import open_binary
 from ..reading.json_files import begins_list, list_items, whole_object
-from .layouts import faulty, read_question
+from .layouts import ANSWER_FIELDS, INDEX_FIELDS, faulty, read_question
 from .validate import RawQuestion
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
 IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
 ID_FIELDS = ("image_id", "data_id")  # only if nothing else names the image: they may be numbers, like keys
+NUMBERED_FIELDS = tuple(f"image_{number}" for number in range(1, 10))  # MMMU's; one of them is filled, or several
 LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_truth", *CONVERSATION_COLUMNS)
 _BATCH = 100  # rows of a Parquet file per batch: they may hold images
 _MAX_NAME = 4_096  # characters; a longer "image" is not a path but the image as base64
@@ -128,12 +129,14 @@ def _records(file: str) -> Iterator[QuestionRecord]:
 
 
 def _asks(row: Mapping[str, Any]) -> bool:
-    return "question" in row or any(name in row for name in LIST_FIELDS)
+    if "question" in row or any(name in row for name in LIST_FIELDS):
+        return True
+    return isinstance(row.get("prompt"), str) and any(name in row for name in (*ANSWER_FIELDS, *INDEX_FIELDS))
 
 
 def _names_image(row: Mapping[str, Any]) -> bool:
     """True if a row has a field for the name of its image, filled or not."""
-    return any(name in row for name in (*IMAGE_FIELDS, *ID_FIELDS)) or bool(_images(row))
+    return any(name in row for name in (*IMAGE_FIELDS, *NUMBERED_FIELDS, *ID_FIELDS)) or bool(_images(row))
 
 
 def _reader(file: str) -> Callable[[], Located]:
@@ -168,8 +171,26 @@ def _parquet(file: str) -> Rows:
 
 
 def _csv(file: str) -> Rows:
+    uids: dict[str, str] = {}
     for row in csv_rows(file)[1]:
-        yield row if isinstance(row, str) else {name: repaired(value, []) for name, value in row.items()}
+        if isinstance(row, str):
+            yield row
+        else:
+            yield _with_shared_image({name: repaired(value, []) for name, value in row.items()}, uids)
+
+
+def _with_shared_image(row: dict[str, str], uids: dict[str, str]) -> dict[str, str]:
+    """``row`` with the uid of another row's image if it names that row: VLMEvalKit has each image in base64 once, and
+    the ``index`` of its row elsewhere. ``uids``: of the images so far, by ``index``; this one is added."""
+    index, image = row.get("index"), row.get("image") or ""
+    if index is None or "uid" in row:
+        return row
+    if image in uids:
+        return {**row, "uid": uids[image]}
+    data = _decoded(image)
+    if data is not None:
+        uids[index] = uid_of(data)
+    return row
 
 
 def _json(file: str) -> Located:
@@ -233,6 +254,10 @@ def _raw(row: Mapping[str, Any]) -> str:
 def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the record's image, its uid first; empty if it has several images."""
     values = [row.get(field) for field in IMAGE_FIELDS]
+    if not any(value for value in values):
+        values = [row[field] for field in NUMBERED_FIELDS if row.get(field)]
+        if len(values) > 1:
+            return ()
     if not any(value for value in values):
         values = [images_in(row.get(field)) for field in CONVERSATION_COLUMNS]
     if not any(value for value in values):

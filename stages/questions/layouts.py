@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from ...manifests.status import QuestionStatus
 from ...models.quiz import LETTERS, fold
 from ..reading.conversations import from_json, without_marks
+from ..reading.python_list import from_python
 from .validate import RawQuestion
 
 OPTION_FIELDS = ("options", "choices", "multiple_choices")
@@ -42,16 +43,26 @@ _INSTRUCTION = re.compile(
     r"|(?:please )?(?:select|choose|pick) the (?:best|correct|right) (?:answer|option|choice|letter)"
     r"(?: (?:from|to|of|among) .{0,300})?[.:]?)"
 )
+#: What a reference to one of several images looks like in MMMU, in a question or in place of an option.
+_IMAGE_MARK = re.compile(r"<image ?[1-9]>")
+#: Beginnings of prompts in Prism's and VLMEvalKit's files; of hints only the one about the form of the answer.
+_PROMPT_HEAD = re.compile(r"(?i:hint: please (?:answer|provide)[^\n]*\n\s*)?(?i:question:)\s*")
 
 
 def read_question(entry: object) -> RawQuestion:
-    """Read a question given as an object, or as a pair [question, answer]."""
+    """Read a question given as an object, or as a pair [question, answer].
+
+    The text is in ``question``, or else in ``prompt`` (Prism's files, which CapRL's evaluation reads), with or without
+    options in its last lines.
+    """
     if isinstance(entry, list) and len(entry) == 2:
         entry = {"question": entry[0], "answer": entry[1]}
     if not isinstance(entry, Mapping):
         return faulty(f"a question of type {type(entry).__name__}, not an object or a pair")
     text = entry.get("question")
-    text = _without_instructions(without_marks(text)) if isinstance(text, str) else text
+    if text is None and isinstance(entry.get("prompt"), str):
+        text = _of_prompt(without_marks(entry["prompt"]))
+    text = _without_instructions(_about_the_image(without_marks(text))) if isinstance(text, str) else text
     answers = _answers(entry) or (None,)
     raw = RawQuestion(text, None, answers[0], entry.get("kind"), also=answers[1:])
     options = next((entry[field] for field in OPTION_FIELDS if not _blank(entry.get(field))), None)
@@ -59,7 +70,7 @@ def read_question(entry: object) -> RawQuestion:
         options = _columns(entry)
     if options is None and isinstance(text, str):
         return _with_option_lines(text, raw)
-    return _with_options(from_json(options), raw)
+    return _with_options(_listed(options), raw)
 
 
 def faulty(reason: str) -> RawQuestion:
@@ -83,6 +94,13 @@ def _answers(entry: Mapping[str, object]) -> tuple[object, ...]:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
+def _listed(options: object) -> object:
+    """The value of a text that holds options in JSON or as a list in Python's notation; any other value unchanged."""
+    parsed = from_json(options)
+    listed = from_python(parsed) if isinstance(parsed, str) else None
+    return parsed if listed is None else listed
+
+
 def _columns(entry: Mapping[str, object]) -> object:
     """Options in separate columns, ``A`` to ``K``, ``option_a`` or ``choiceB``; None if there are fewer than two."""
     options: dict[str, object] = {}
@@ -100,6 +118,9 @@ def _with_options(options: object, raw: RawQuestion) -> RawQuestion:
         if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
             return _labelled(labels, texts, raw)
         return _labelled(list(options), list(options.values()), raw)
+    if isinstance(options, list) and any(_is_image(option) for option in options):
+        reason = "an option is another image, of which a caption of this one says nothing"
+        return _refused(raw, options, QuestionStatus.BAD_OPTIONS, reason)
     if not isinstance(options, list) or not options or not all(isinstance(option, Mapping) for option in options):
         return RawQuestion(raw.text, options, raw.answer, raw.kind, also=raw.also)
     texts = [next((option[name] for name in _TEXTS if name in option), option) for option in options]
@@ -137,6 +158,10 @@ def _labelled(labels: Sequence[object], texts: Sequence[object], raw: RawQuestio
     return RawQuestion(raw.text, ordered, first, raw.kind, also=tuple(others))
 
 
+def _is_image(option: object) -> bool:
+    return isinstance(option, str) and _IMAGE_MARK.fullmatch(option.strip()) is not None
+
+
 def _refused(raw: RawQuestion, options: object, status: QuestionStatus, reason: str) -> RawQuestion:
     return RawQuestion(raw.text, options, raw.answer, raw.kind, (status, reason))
 
@@ -170,6 +195,22 @@ def _with_option_lines(text: str, raw: RawQuestion) -> RawQuestion:
     other = next((line for line in options if _OPTION_LINE.fullmatch(line) is None), None)
     fault = other and (QuestionStatus.BAD_OPTIONS, f"a line after the first option is none: {other!r}")
     return RawQuestion("\n".join(head), options, raw.answer, raw.kind, fault or None, also=raw.also)
+
+
+def _of_prompt(prompt: str) -> str:
+    """The question in a prompt, with its options: without what VLMEvalKit and CapRL put before it."""
+    head = _PROMPT_HEAD.match(prompt)
+    return prompt if head is None else prompt[head.end() :]
+
+
+def _about_the_image(text: str) -> str:
+    """``text`` with MMMU's marks of the image removed at its ends, and named elsewhere; a question has one image."""
+    marks = list(_IMAGE_MARK.finditer(text))
+    for mark in reversed(marks):
+        before, after = text[: mark.start()], text[mark.end() :]
+        at_end = not _IMAGE_MARK.sub("", before).strip() or not _IMAGE_MARK.sub("", after).strip()
+        text = f"{before}{after}".strip() if at_end else f"{before}the image{after}"
+    return text
 
 
 def _without_instructions(text: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from ...manifests.files.tar import printable
 from ...manifests.samples import split_name
 from .import_sets import QuestionRecord
-from .validate import checked
+from .open_ended import OpenQuestion, open_question
+from .validate import RawQuestion, checked
 
 _UID = re.compile(r"[0-9a-f]{32}")
 
@@ -32,12 +33,14 @@ class ImageNames:
 class Found:
     """The set's questions about an image, as dicts of QUESTION_FIELDS in the set's order.
 
-    ``raw``: their records, one per line. ``error``: why other records that name the image were refused.
+    ``raw``: their records, one per line. ``error``: why other records that name the image were refused. ``open_ended``:
+    those without options, if the index keeps them; each once.
     """
 
     questions: list[dict[str, Any]]
     raw: str
     error: str | None = None
+    open_ended: tuple[OpenQuestion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,14 @@ class QuestionIndex:
     Memory: 1 to 2 KB per question.
     """
 
-    def __init__(self, records: Iterable[QuestionRecord], images: Iterable[ImageNames]) -> None:
-        """``images``: each once; a uid that is not known yet may be missing: look-ups still use it."""
+    def __init__(
+        self, records: Iterable[QuestionRecord], images: Iterable[ImageNames], open_ended: bool = False
+    ) -> None:
+        """``images``: each once; a uid that is not known yet may be missing: look-ups still use it.
+
+        ``open_ended``: questions without options are kept apart, instead of being refused.
+        """
+        self._open_ended = open_ended
         self._records = list(records)
         self._by_name: dict[str, list[int]] = defaultdict(list)
         self._by_file: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -95,9 +104,23 @@ class QuestionIndex:
         taken = [n for n in numbers if doubts[n] is None]
         self._given.update(taken)
         seen: set[str] = set()
-        questions = [checked(entry, seen) for n in taken for entry in self._records[n].questions]
+        entries, opened = self._divided(taken)
+        questions = [checked(entry, seen) for entry in entries]
         notes = [f"{self._records[n].where} not taken: {doubt}" for n, doubt in doubts.items() if doubt is not None]
-        return Found(questions, "\n".join(self._records[n].raw for n in taken), notes[0] if notes else None)
+        raw = "\n".join(self._records[n].raw for n in taken)
+        return Found(questions, raw, notes[0] if notes else None, opened)
+
+    def _divided(self, numbers: Iterable[int]) -> tuple[list[RawQuestion], tuple[OpenQuestion, ...]]:
+        """The questions of these records, and apart from them the open-ended ones, if these are kept."""
+        entries: list[RawQuestion] = []
+        opened: dict[str, OpenQuestion] = {}
+        for entry in (entry for number in numbers for entry in self._records[number].questions):
+            question = open_question(entry) if self._open_ended else None
+            if question is None:
+                entries.append(entry)
+            else:
+                opened.setdefault(question.id, question)
+        return entries, tuple(opened.values())
 
     def unmatched(self) -> list[Unmatched]:
         """Records without a matching image, in the set's order, each with its reason."""

@@ -61,14 +61,14 @@ EVAL = StageSpec(
         OutputFolder(
             "captions",
             without=keys(
-                "questions reader reader-engine reader-arg reader-mode presentations generic controls clip cosine "
-                "language-model captions vlm vlm-engine vlm-mode vlm-arg"
+                "questions reader reader-engine reader-arg reader-mode presentations generic words controls clip "
+                "cosine language-model captions vlm vlm-engine vlm-mode vlm-arg"
             ),
         ),
         OutputFolder("graded", without=keys("clip cosine language-model vlm vlm-engine vlm-mode vlm-arg")),
         OutputFolder(
             "checked",
-            without=keys("reader reader-engine reader-arg reader-mode presentations clip cosine language-model"),
+            without=keys("reader reader-engine reader-arg reader-mode presentations words clip cosine language-model"),
             given="vlm",
         ),
         OutputFolder(None),

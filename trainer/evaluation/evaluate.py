@@ -13,14 +13,27 @@ from ...models.scorers.sentence_truth import TRUE_FROM
 from ...models.scorers.sentences import split_sentences
 from ...models.tiny.world.grade import grade, is_true, parse
 from ...models.tiny.world.scenes import Scene
+from ...stages.questions.answer_scores import SCALES, anls, captionqa_score, relaxed_accuracy
 from ...stages.questions.grade import CONTROLS
+from ...stages.questions.open_ended import says_nothing
+from ...stages.questions.word_budgets import budget_of
 from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, PositionCounts, cautions
 from .bootstrap import NOTHING, RECALL_AT, RESAMPLES, Estimate, Figure, Ratios, found_at
-from .graded_rows import GradedCaption, GradedImage, GradedQuestion, mean, places_of_answer, read_row, scored_answers
+from .graded_rows import (
+    GradedCaption,
+    GradedImage,
+    GradedQuestion,
+    OpenEndedAnswer,
+    mean,
+    places_of_answer,
+    read_row,
+    scored_answers,
+)
 from .results import (
     Caution,
     EvaluationReport,
     Judged,
+    OpenEnded,
     PositionAccuracy,
     Quiz,
     Retrieval,
@@ -35,6 +48,7 @@ from .text_statistics import TextTally
 
 EXAMPLES = 3  # images whose captions the report shows
 SENTENCE_MEASURES = ("true", "wrong", "probability", "scene_true", "scene_wrong", "agreement")
+OPEN_MEASURES = ("relaxed", "scaled", "anls", "abstained")
 _UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls without statements of their own to compare with the truth
 
 
@@ -115,6 +129,8 @@ class _SystemTally:
     ranked: int = 0  # captions with a rank in the gallery
     checked: int = 0  # captions of which every sentence has an answer by the model that checks them
     unanswered: int = 0  # captions with a sentence without one
+    opened: int = 0  # answers in words
+    wordless: int = 0  # requests for such an answer that got none
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by position of the right option
     scored: Counter[int] = field(default_factory=Counter)
@@ -138,6 +154,7 @@ class _SystemTally:
             ),
             unscored=self.unscored,
             invented=figure("invented"),
+            score=figure("score"),
         )
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s", "wrong")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
@@ -150,8 +167,13 @@ class _SystemTally:
             sentences = Sentences(self.checked, self.unanswered, *by_sentence)
         scores = Judged(figure("cosine"), figure("logp"))
         judged = None if scores == Judged(NOTHING, NOTHING) else scores
+        opened = None
+        if self.opened or self.wordless:
+            opened = OpenEnded(self.wordless, *(figure(f"open_{measure}") for measure in OPEN_MEASURES))
         excluded = dict(self.excluded)
-        return System(name, self.samples, self.captions, excluded, quiz, truth, text, retrieval, judged, sentences)
+        return System(
+            name, self.samples, self.captions, excluded, quiz, truth, text, retrieval, judged, sentences, opened
+        )
 
 
 @dataclass
@@ -197,7 +219,7 @@ class _Tally:
             reasons = f"{reasons}; the first says: {self.said}" if self.said else reasons
             problem = f"no row with questions and captions ({reasons})" if reasons else "no row at all"
             raise BadInput(f"{where}: {problem}; give captions and questions of the same images")
-        if not any(system.scored for system in self.systems.values()):
+        if not any(system.scored or system.opened for system in self.systems.values()):
             why = f": {self.said}; take another --reader or --reader-mode" if self.said else "; take another --reader"
             raise BadInput(f"{where}: none of the {self.questions} questions has a score{why}")
 
@@ -210,6 +232,7 @@ class _Tally:
         tally.excluded += graded.excluded.get(name, Counter())
         unscored = {item.id for item in graded.questions if not self._add_question(name, captions, item, image)}
         tally.unscored += len(unscored)
+        self._add_open_ended(name, graded.open_ended.get(name, ()), image)
         for caption in captions:
             tally.text.add(caption.text, caption.n_tokens, image)
             if (rank := self.ranks.get((graded.image, caption.text))) is not None:
@@ -220,7 +243,8 @@ class _Tally:
                 self.ratios.add((name, "cosine", ""), image, cosine)
             if (logp := self.logps.get(caption.text)) and name != "blind":
                 self.ratios.add((name, "logp", ""), image, sum(logp), len(logp))
-            if (truths := self.truths.get((graded.image, caption.text))) is not None:
+            truths = self.truths.get((graded.image, caption.text))
+            if truths is not None and budget_of(name) is None:  # cut captions are not checked, but some are whole
                 self._add_sentences(name, caption.text, truths, graded.scene, image)
             if graded.scene is not None and name not in _UNTRUE:
                 tally.graded += 1
@@ -237,6 +261,8 @@ class _Tally:
         self.ratios.add((name, "accuracy", question.kind), image, accuracy)
         self.ratios.add((name, "best", ""), image, max(answer.accuracy for answer in answers))
         self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
+        scores = [captionqa_score(each.right, each.abstained, each.scored, question.options) for each in answers]
+        self.ratios.add((name, "score", ""), image, mean(scores))
         if question.kind == ABSENT:
             said = [(answer.scored - answer.right - answer.abstained) / answer.scored for answer in answers]
             self.ratios.add((name, "invented", ""), image, mean(said))
@@ -250,6 +276,27 @@ class _Tally:
                     tally.scored[position] += 1
                     tally.right[position] += chosen == question.answer
         return True
+
+    def _add_open_ended(self, name: str, answers: Sequence[OpenEndedAnswer], image: int) -> None:
+        """Count one system's answers in words about an image, each question once."""
+        tally = self.systems[name]
+        by_question: dict[str, list[OpenEndedAnswer]] = {}
+        for answer in answers:
+            if answer.said is None:
+                tally.wordless += 1
+            else:
+                tally.opened += 1
+                by_question.setdefault(answer.id, []).append(answer)
+        for said in by_question.values():
+            pairs = [(each.said or "", each.accepted) for each in said]
+            scores = {
+                "relaxed": [relaxed_accuracy(*pair) for pair in pairs],
+                "scaled": [relaxed_accuracy(*pair, scales=SCALES) for pair in pairs],
+                "anls": [anls(*pair) for pair in pairs],
+                "abstained": [float(says_nothing(text)) for text, _ in pairs],
+            }
+            for measure in OPEN_MEASURES:
+                self.ratios.add((name, f"open_{measure}", ""), image, mean(scores[measure]))
 
     def _add_truth(self, name: str, text: str, scene: Scene, image: int) -> None:
         """Count one caption's statements about a scene."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -46,6 +46,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class OpenEndedAnswer:
+    """An answer in words from one caption: the question's id, what is accepted, and what was said, if anything."""
+
+    id: str
+    accepted: tuple[str, ...]
+    said: str | None
+
+
+@dataclass(frozen=True)
 class GradedCaption:
     """One caption ("" if there was none) with its scored answers, by question id."""
 
@@ -59,6 +68,7 @@ class GradedImage:
     """One row. ``image``: the uid, so that a repeated image is one unit, or the key without a uid.
 
     ``captions``: by system; captions that failed with an engine error are counted in ``excluded`` instead.
+    ``open_ended``: by system, answers in words from all of its captions.
     """
 
     key: str
@@ -67,6 +77,7 @@ class GradedImage:
     captions: Mapping[str, Sequence[GradedCaption]]
     excluded: Mapping[str, Counter[str]]
     scene: Scene | None
+    open_ended: Mapping[str, Sequence[OpenEndedAnswer]] = field(default_factory=dict)
 
 
 def read_row(row: Mapping[str, Any], where: str) -> GradedImage | str:
@@ -74,11 +85,11 @@ def read_row(row: Mapping[str, Any], where: str) -> GradedImage | str:
 
     Raises BadInput, naming ``where``, for a scene that cannot be read or answers that do not fit their question.
     """
-    if not row["questions"]:
+    if not row["questions"] and not row.get("open_questions"):
         return row["status"] if row["status"] != Status.OK else "no_question"
     if not row["captions"]:
         return row["status"] if row["status"] != Status.OK else "no_caption"
-    questions = {question["id"]: _question(question) for question in row["questions"]}
+    questions = {question["id"]: _question(question) for question in row["questions"] or ()}
     captions: dict[str, list[GradedCaption]] = {}
     excluded: dict[str, Counter[str]] = {}
     for caption in row["captions"]:
@@ -89,7 +100,8 @@ def read_row(row: Mapping[str, Any], where: str) -> GradedImage | str:
         else:
             of_system.append(_caption(caption, questions, f"{where}: row {row['key']!r}, caption {caption['name']!r}"))
     image = row["uid"] or f"key:{row['key']}"
-    return GradedImage(row["key"], image, tuple(questions.values()), captions, excluded, _scene(row, where))
+    asked = tuple(questions.values())
+    return GradedImage(row["key"], image, asked, captions, excluded, _scene(row, where), _open_ended(row))
 
 
 def system_of(name: str) -> str:
@@ -117,6 +129,17 @@ def places_of_answer(options: int, answer: int, presentations: int, last: bool =
     if len(orders) != presentations or not 0 <= answer < options:
         raise ValueError(f"{presentations} presentations of option {answer} of {options}")
     return tuple(order.index(answer) for order in orders)
+
+
+def _open_ended(row: Mapping[str, Any]) -> dict[str, list[OpenEndedAnswer]]:
+    """Answers in words by system; those to unknown questions are left out."""
+    accepted = {question["id"]: tuple(question["answers"]) for question in row.get("open_questions") or ()}
+    found: dict[str, list[OpenEndedAnswer]] = {}
+    for answer in row.get("open_answers") or ():
+        if answer["id"] in accepted:
+            of_system = found.setdefault(system_of(answer["name"]), [])
+            of_system.append(OpenEndedAnswer(answer["id"], accepted[answer["id"]], answer["answer"]))
+    return found
 
 
 def _question(record: Mapping[str, Any]) -> GradedQuestion:

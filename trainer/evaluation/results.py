@@ -71,6 +71,7 @@ class Quiz:
     by_place: tuple[PositionAccuracy, ...]
     unscored: int
     invented: Estimate = NOTHING  # answers that an absent thing is there, among questions about such things
+    score: Estimate = NOTHING  # CaptionQA's: to abstain counts more than a guess; see stages/questions/answer_scores.py
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,27 @@ class Sentences:
 
 
 @dataclass(frozen=True)
+class OpenEnded:
+    """Open-ended questions, answered in words from a system's captions; all figures but ``unanswered`` are shares.
+
+    A question's score is the mean over the captions of the image. ``unanswered``: answers that the model declined to
+    give, and failed requests, in no figure. Definitions: stages/questions/answer_scores.py.
+    """
+
+    unanswered: int
+    relaxed: Estimate  # relaxed accuracy of ChartQA
+    scaled: Estimate  # the same at the scales that CapRL tries for charts
+    anls: Estimate
+    abstained: Estimate
+
+
+@dataclass(frozen=True)
 class System:
     """Figures of one prompt's captions, or of one control.
 
     ``samples``: largest number of captions of an image. ``excluded``: captions in no figure, by status. ``truth``: None
     without known scenes or captions to compare with them; ``text``: None for blind; ``retrieval``, ``judged``,
-    ``sentences``: None without such a model.
+    ``sentences``: None without such a model; ``open_ended``: None without such questions.
     """
 
     name: str
@@ -147,6 +163,7 @@ class System:
     retrieval: Retrieval | None = None
     judged: Judged | None = None
     sentences: Sentences | None = None
+    open_ended: OpenEnded | None = None
 
 
 @dataclass(frozen=True)

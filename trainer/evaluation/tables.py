@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -15,25 +14,15 @@ from rich.text import Text
 
 from ...models.scorers.sentence_truth import TRUE_FROM
 from ...terminal import escaped
-from .bootstrap import Estimate
+from .budget_table import budget_grid
+from .cells import NONE, Grid, number, percent, share, with_interval
 from .evaluate import kinds_in_order
+from .open_table import open_grid
 from .results import Comparison, Difference, EvaluationReport, ShownCaption, System
 
-NONE = "–"  # shown for a figure without data
 _LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _MARKDOWN = re.compile(r"([\\`*_\[|~$])")  # characters with a meaning inside a line
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as plain text: a name and figures, or ``words``, per row. ``note``: explanation of the columns."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    words: bool = False  # left-aligned cells
 
 
 def to_json(value: EvaluationReport | Comparison) -> str:
@@ -49,6 +38,8 @@ def terminal(value: EvaluationReport | Comparison) -> list[Table]:
         _rich(grid)
         for grid in (
             _quiz_grid(value),
+            budget_grid(value),
+            open_grid(value),
             _truth_grid(value),
             _sentence_grid(value),
             _retrieval_grid(value),
@@ -77,6 +68,8 @@ def _report_page(report: EvaluationReport) -> Iterator[str]:
         yield _markdown(_settings_grid({"": report.settings}))
     for grid in (
         _quiz_grid(report),
+        budget_grid(report),
+        open_grid(report),
         _truth_grid(report),
         _sentence_grid(report),
         _retrieval_grid(report),
@@ -136,10 +129,11 @@ def _quiz_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
-            _percent(system.quiz.accuracy),
-            f"{_percent(system.quiz.best)} of {system.samples}" if system.samples > 1 else NONE,
-            _percent(system.quiz.abstained, interval=False),
-            *([_percent(system.quiz.invented)] if absent else []),
+            percent(system.quiz.accuracy),
+            f"{percent(system.quiz.best)} of {system.samples}" if system.samples > 1 else NONE,
+            percent(system.quiz.abstained, interval=False),
+            percent(system.quiz.score),
+            *([percent(system.quiz.invented)] if absent else []),
             str(system.quiz.accuracy.n),
             str(system.quiz.unscored),
             _excluded(system),
@@ -147,8 +141,19 @@ def _quiz_grid(report: EvaluationReport) -> Grid:
         for system in report.systems
     ]
     invented = ["invented %"] if absent else []
-    header = ("system", "right %", "best %", "cannot tell %", *invented, "questions", "unscored", "excluded")
+    header = (
+        "system",
+        "right %",
+        "best %",
+        "cannot tell %",
+        "CaptionQA",
+        *invented,
+        "questions",
+        "unscored",
+        "excluded",
+    )
     note = f"{_counts(report)} Best: of several captions of an image, the one from which a question is answered best."
+    note += " CaptionQA: its score, 1 if right, 0 if wrong, 1/K + 0.05 of K options for cannot tell, in per cent."
     if absent:
         note += " Invented: of questions about things that are not there, those answered as if they were."
     return Grid("Quiz", header, tuple(rows), note)
@@ -158,12 +163,12 @@ def _truth_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
-            _percent(truth.precision),
-            _percent(truth.recall),
-            _number(truth.wrong.value, 2),
-            _number(truth.hallucinated.value, 2),
-            _percent(truth.chair_i),
-            _percent(truth.chair_s),
+            percent(truth.precision),
+            percent(truth.recall),
+            number(truth.wrong.value, 2),
+            number(truth.hallucinated.value, 2),
+            percent(truth.chair_i),
+            percent(truth.chair_s),
             str(truth.captions),
         )
         for system in report.systems
@@ -183,10 +188,10 @@ def _sentence_grid(report: EvaluationReport) -> Grid:
     by_scene = any(entry.scene_true.n for _, entry in checked)
     rows = []
     for name, entry in checked:
-        cells = [name, _percent(entry.true), _interval(entry.wrong, 2), _number(entry.probability.value, 3)]
+        cells = [name, percent(entry.true), with_interval(entry.wrong, 2), number(entry.probability.value, 3)]
         if by_scene:
-            agreement = _percent(entry.agreement, interval=False)
-            cells += [_percent(entry.scene_true), _interval(entry.scene_wrong, 2), agreement]
+            agreement = percent(entry.agreement, interval=False)
+            cells += [percent(entry.scene_true), with_interval(entry.scene_wrong, 2), agreement]
         rows.append((*cells, str(entry.true.n), str(entry.captions), str(entry.unanswered)))
     scene = ("true by scene %", "wrong by scene", "agreement %") if by_scene else ()
     header = ("system", "true %", "wrong", "probability", *scene, "sentences", "captions", "unanswered")
@@ -201,7 +206,7 @@ def _sentence_grid(report: EvaluationReport) -> Grid:
 
 def _retrieval_grid(report: EvaluationReport) -> Grid:
     retrievals = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
-    rows = [(name, *map(_percent, entry.recall.values()), str(entry.captions)) for name, entry in retrievals]
+    rows = [(name, *map(percent, entry.recall.values()), str(entry.captions)) for name, entry in retrievals]
     header = ("system", *(f"recall@{k} %" for k in retrievals[0][1].recall), "captions") if retrievals else ()
     gallery = retrievals[0][1].gallery if retrievals else 0
     note = f"Captions that find their own image among the first k of {gallery}, by cosine; ties count against them."
@@ -212,9 +217,9 @@ def _judged_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
-            _interval(judged.cosine, 3),
+            with_interval(judged.cosine, 3),
             NONE if judged.logp.value is None else f"{math.exp(-judged.logp.value):.2f}",
-            _interval(judged.logp, 3),
+            with_interval(judged.logp, 3),
         )
         for system in report.systems
         if (judged := system.judged) is not None
@@ -230,16 +235,16 @@ def _text_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
-            _number(text.words, 1),
-            _number(text.tokens, 1),
+            number(text.words, 1),
+            number(text.tokens, 1),
             str(text.vocabulary),
-            _number(text.distinct_1, 3),
-            _number(text.distinct_2, 3),
-            _number(text.rep_4, 3),
-            _share(text.loops),
-            _share(text.identical),
-            _number(text.colors, 2),
-            _share(text.phrases),
+            number(text.distinct_1, 3),
+            number(text.distinct_2, 3),
+            number(text.rep_4, 3),
+            share(text.loops),
+            share(text.identical),
+            number(text.colors, 2),
+            share(text.phrases),
         )
         for system in report.systems
         if (text := system.text) is not None
@@ -271,7 +276,7 @@ def _kinds_grid(report: EvaluationReport) -> Grid:
     for kind in kinds:
         figures = [system.quiz.by_kind.get(kind) for system in report.systems]
         most = max(figure.n for figure in figures if figure is not None)
-        cells = [NONE if figure is None else _percent(figure) + _fewer(figure.n, most) for figure in figures]
+        cells = [NONE if figure is None else percent(figure) + _fewer(figure.n, most) for figure in figures]
         rows.append((kind, str(most), *cells))
     header = ("kind", "n", *(system.name for system in report.systems))
     return Grid("Right % by kind of question", header, tuple(rows), "n: questions, where a cell says nothing else.")
@@ -320,9 +325,9 @@ def _difference_row(name: str, difference: Difference) -> tuple[str, ...]:
     return (
         name,
         str(difference.difference.n),
-        _percent(difference.first, interval=False),
-        _percent(difference.second, interval=False),
-        _percent(difference.difference, sign="+"),
+        percent(difference.first, interval=False),
+        percent(difference.second, interval=False),
+        percent(difference.difference, sign="+"),
         NONE if difference.p is None else f"{difference.p:.3f}",
     )
 
@@ -345,8 +350,8 @@ def _markdown(grid: Grid) -> str:
 
 def _rich(grid: Grid) -> Table:
     table = Table(title=_text(grid.title), caption=_text(grid.note) if grid.note else None, caption_justify="left")
-    for number, name in enumerate(grid.header):
-        table.add_column(_text(name), justify="left" if number == 0 else "right")
+    for column, name in enumerate(grid.header):
+        table.add_column(_text(name), justify="left" if column == 0 else "right")
     for row in grid.rows:
         table.add_row(*map(_text, row))
     return table
@@ -355,31 +360,6 @@ def _rich(grid: Grid) -> Table:
 def _text(cell: str) -> Text:
     """Text without rich markup and terminal control sequences, which names may contain."""
     return Text(escaped(cell))
-
-
-def _percent(estimate: Estimate, interval: bool = True, sign: str = "") -> str:
-    if estimate.value is None:
-        return NONE
-    value = f"{100 * estimate.value:{sign}.1f}"
-    if not interval:
-        return value
-    if estimate.low is None or estimate.high is None:
-        return f"{value} ({NONE})"
-    return f"{value} ({100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f})"
-
-
-def _interval(estimate: Estimate, digits: int) -> str:
-    if estimate.low is None or estimate.high is None:
-        return _number(estimate.value, digits)
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}, {estimate.high:.{digits}f})"
-
-
-def _share(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
 
 
 def _fewer(n: int, most: int) -> str:

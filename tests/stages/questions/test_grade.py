@@ -10,14 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from capipe.manifests.schema import GRADE
+from capipe.manifests.schema import GRADE, GRADE_WITH_OPEN
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engines.base import ChoiceRequest, EngineDead, RequestError
+from capipe.models.engines.base import ChoiceRequest, EngineDead, GenerationRequest, RequestError
 from capipe.models.quiz import READ_NOTHING, caption_prompt
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.tiny.world.scenes import Scene, Sign, Thing, sample_scene
 from capipe.stages.questions.grade import GradeConfig, Grader, passed_on, scene_of
+from capipe.stages.questions.open_ended import OpenQuestion, OpenReader, stored
 from capipe.stages.questions.validate import RawQuestion, checked
 
 from ...scripted import IMAGE, Scores, Scripted, knows, pick
@@ -270,3 +271,86 @@ async def test_where_nothing_scores_the_first_answer_that_came_instead_is_told()
         Scripted(lambda request: pick(request, "A") if "star" in request.prompt.text else [None] * 3), ReaderConfig()
     )
     assert (await Grader(some, GradeConfig()).grade(row()))["error"] is None
+
+
+# --- word budgets ----------------------------------------------------------------------------------------------------
+
+LONG = "A blue star. A sign says EXIT."
+
+
+async def test_captions_are_graded_within_word_budgets_beside_the_whole_ones() -> None:
+    given = captions(caption("plain#0", LONG), caption("plain#1", "A sign says EXIT."))
+    out = await grader(words=(3, 4, 400)).grade(row(captions=given))
+    found = {each["name"]: (each["text"], each["n_tokens"]) for each in out["captions"]}
+    assert list(found)[:4] == ["plain#0", "plain#1", "plain@3#0", "plain@3#1"]
+    assert found["plain@3#0"] == ("A blue star.", None) and found["plain@4#0"] == ("A blue star. A", None)
+    assert found["plain@4#1"] == found["plain#1"] == ("A sign says EXIT.", 4)
+    known, unknown = (lambda n: (n, 0, n)), (lambda n: (0, n, n))
+    assert summary(out)["plain@3#0"] == [known(4), unknown(3)]
+    assert summary(out)["plain@3#1"] == [unknown(4), unknown(3)]
+    assert summary(out)["plain@400#0"] == summary(out)["plain#0"] == [known(4), known(3)]
+    assert list(summary(out))[-4:] == ["self-oracle", *CONTROLS], "controls are not cut"
+
+
+async def test_a_caption_within_its_budget_is_read_once_and_as_if_it_were_read_again() -> None:
+    given = captions(caption("plain", LONG), caption("short", None, "engine_error"))
+    made = grader(words=(400,), controls=False)
+    out = await made.grade(row(captions=given))
+    engine = made.reader.engine
+    assert isinstance(engine, Scripted) and len(engine.choices) == 7
+    again = await grader(controls=False).grade(row(captions=captions(caption("plain@400", LONG))))
+    by_name = {each["name"]: each for each in out["captions"]}
+    assert by_name["plain@400"] == again["captions"][0]
+    assert (by_name["short@400"]["answers"], by_name["short@400"]["status"]) == ([], "engine_error")
+
+
+def test_budgets_are_in_the_fingerprint_and_grades_without_any_keep_theirs() -> None:
+    assert "words" not in GradeConfig().model_dump(mode="json")
+    assert GradeConfig(words=(100, 50, 50)).model_dump(mode="json")["words"] == [50, 100]
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        GradeConfig(words=(50, 0))
+
+
+# --- open-ended questions --------------------------------------------------------------------------------------------
+
+
+def says_what_is_told(request: GenerationRequest) -> str:
+    text = request.prompt.text
+    said = text[text.index("<caption>") : text.index("</caption>")] if "<caption>" in text else ""
+    return "The answer is blue." if "blue" in said else "Cannot tell"
+
+
+def open_grader(answer: Callable[[GenerationRequest], str | Exception] = says_what_is_told) -> Grader:
+    engine = Scripted(reads, answer)
+    return Grader(QuizReader(engine, ReaderConfig()), GradeConfig(), OpenReader(engine))
+
+
+OPEN = [stored(OpenQuestion("What color is the star?", ("blue", "dark blue"), "color"))]
+
+
+async def test_open_ended_questions_are_answered_in_words_from_every_caption() -> None:
+    out = await open_grader().grade(row(questions=questions(open_questions=OPEN)))
+    assert out["open_questions"] == OPEN and out["status"] == "ok"
+    assert {each["name"]: each["answer"] for each in out["open_answers"]} == {
+        "plain#0": "blue",
+        "plain#1": "Cannot tell",
+        **dict.fromkeys(CONTROLS, "Cannot tell"),
+    }
+    assert summary(out) == summary(await grader().grade(row())), "multiple choice is as without them"
+    table = pa.Table.from_pylist([out], schema=GRADE_WITH_OPEN)
+    assert table.column("open_questions").to_pylist() == [OPEN]
+
+
+async def test_a_row_may_have_open_ended_questions_alone() -> None:
+    alone = questions(questions=[], open_questions=OPEN)
+    out = await open_grader().grade(row(questions=alone))
+    assert (out["status"], out["error"], len(out["open_answers"])) == ("ok", None, 5)
+    assert (await grader().grade(row(questions=alone)))["captions"] == [], "a reader that is not to answer them"
+
+
+async def test_a_failed_request_for_words_leaves_the_row_unresolved() -> None:
+    out = await open_grader(lambda request: RequestError("timed out")).grade(
+        row(questions=questions(open_questions=OPEN))
+    )
+    assert (out["status"], out["error"]) == ("engine_error", "5 answers were not scored: timed out")
+    assert {each["answer"] for each in out["open_answers"]} == {None}
