@@ -52,7 +52,7 @@ def opened(**entry: Any) -> tuple[str, ...] | None:
         ({"answer": None}, None),
         ({"answer": []}, None),
         ({"answer": {"text": "dog"}}, None),
-        ({"answer": [["dog"]]}, None),
+        ({"answer": [["dog"], ["cat"]]}, None),
         ({"answer": "Cannot be determined"}, None),
         ({"answer": "x" * 2_001}, None),
         ({"answer": [str(number) for number in range(101)]}, None),
