@@ -260,7 +260,7 @@ async def test_all_rows_fit_the_columns() -> None:
     assert all(set(each) == set(GRADE.names) - LATER for each in rows)
     table = pa.Table.from_pylist(rows, schema=GRADE)
     table.validate(full=True)
-    assert table.to_pylist() == rows
+    assert table.drop_columns(sorted(LATER)).to_pylist() == rows
 
 
 async def test_where_nothing_scores_the_first_answer_that_came_instead_is_told() -> None:

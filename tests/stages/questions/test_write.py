@@ -279,7 +279,7 @@ async def test_all_rows_fit_the_columns() -> None:
     assert all(set(each) == set(QUESTIONS.names) - LATER for each in rows)
     table = pa.Table.from_pylist(rows, schema=QUESTIONS)
     table.validate(full=True)
-    assert table.to_pylist() == rows
+    assert table.drop_columns(sorted(LATER)).to_pylist() == rows
     assert [each["status"] for each in rows] == ["ok", "empty", "engine_error", "corrupt"]
 
 
