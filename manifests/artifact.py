@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from .manifest import Manifest, ShardRecord
 from .object_store.log import ATTEMPTS
 from .sharing import quarantine
 from .sharing.claims import Claim, Claims
-from .sharing.guard import GUARD, guard
+from .sharing.guard import GUARD, threshold
 from .sharing.output_lock import LOCK, OutputLock
 from .sharing.owners import OWNERS
 from .transaction import ShardTransaction
@@ -176,7 +176,7 @@ class Artifact:
             text = f"{url}: --share needs a file system with locks, or a store with conditional creation (S3, GCS)"
             raise BadInput(f"{text}; give --out such a place, or let one run do all (on many machines: --runner ray)")
         artifact = cls(folder, config, shared=share)
-        with guard(folder) if share else nullcontext():
+        with threshold(folder) if share else nullcontext():
             artifact._lock = OutputLock(folder, share)
             try:
                 artifact._settle(config, fresh, artifact._lock.alone)
@@ -264,26 +264,29 @@ class Artifact:
             clear(self.folder.private_to_write(name))
 
     def close(self) -> bool:
-        """Release the lock and clean up; safe to call twice. Never waits long for another process. Returns whether no
-        other one was writing any more."""
+        """Release the lock and clean up, without a long wait; safe to call twice. Returns whether no other process was
+        writing any more."""
         lock, last, self._lock = self._lock, False, None
         if lock is None:
-            return last
+            return False
         if self.claims is not None:
             self.claims.close()
             self.claims = None
-        with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
+        door = threshold(self.folder, _LEAVING) if self.shared else nullcontext()
+        with closing(lock), suppress(LockHeld), door:
             if last := lock.clear_if_last():  # otherwise other processes are still working
-                if self.shared:  # a process killed since we started may have left the journal of a committed shard
-                    with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
-                        self._drop_journals()
-                for name in ("tmp", "journal", replacing.REDO):
-                    folder = self.folder.private(name)
-                    if folder.is_dir() and not any(folder.iterdir()):
-                        folder.rmdir()
+                self._clean_up()
             lock.close()  # still under the guard: of two that leave at once, the second is the last
-        lock.close()
         return last
+
+    def _clean_up(self) -> None:
+        """Remove what the last run leaves in private folders."""
+        with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
+            if self.shared:  # a process killed since we started may have left the journal of a committed shard
+                self._drop_journals()
+        for name in ("tmp", "journal", replacing.REDO):
+            with suppress(OSError):  # not there, or not empty
+                self.folder.private(name).rmdir()
 
     def attach(self) -> Artifact:
         """The same artifact for a worker process of the run that holds the lock, which need not read the manifest."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...errors import ArtifactMismatch
 from ..files import bounded_json
 from ..files.storage import Folder, scratch_name
 from .log import ATTEMPTS, Entry, Log, Note, last
@@ -130,12 +131,17 @@ class Leftovers:
     def remove(self, folder: Folder) -> None:
         """Remove them, except for the files of an entry, whose commit is still to be finished. The runs that made them
         must have ended."""
-        named = {entry.note.attempt for entry in Log(folder).read() if entry.note.objects} if self.attempts else set()
+        for path, upload in self.uploads:
+            folder.fs.abort_upload(path, upload)
+        if not self.attempts:
+            return
+        try:
+            named = {entry.note.attempt for entry in Log(folder).read() if entry.note.objects}
+        except ArtifactMismatch:  # of a damaged manifest, which its readers report; then all are kept
+            return
         for attempt in self.attempts:
             if attempt not in named:
                 folder.remove(f"{ATTEMPTS}/{attempt}")
-        for path, upload in self.uploads:
-            folder.fs.abort_upload(path, upload)
 
 
 def _decide(

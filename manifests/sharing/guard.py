@@ -1,7 +1,8 @@
 """The guard of a local folder: the right to change claims or to commit, for one process at a time.
 
 The file ``_capipe/guard`` is locked briefly, and names the process that locked it last. On object stores there are no
-locks, and none is needed: a commit there is a conditional creation.
+locks, and none is needed: a commit there is a conditional creation. Only the beginnings and ends of runs on one machine
+are guarded for a store, too, by a file in the user's cache, where their scratch files and journals are.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ def guard(folder: Folder, patience: Patience = UNLIMITED) -> Iterator[None]:
 
     Raises LockHeld if another process has it for longer than the ``patience``.
     """
-    if not folder.is_local:
+    with threshold(folder, patience) if folder.is_local else contextlib.nullcontext():
         yield
-        return
+
+
+@contextmanager
+def threshold(folder: Folder, patience: Patience = UNLIMITED) -> Iterator[None]:
+    """Exclusive right to begin or to end a run: as :func:`guard`, and for a store among the processes of this machine.
+
+    Raises LockHeld if another process has it for longer than the ``patience``.
+    """
     handle = open_own(folder.private_to_write(GUARD))
     try:
         wait_for(handle, folder.url, patience, lambda: _holder(handle))

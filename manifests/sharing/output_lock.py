@@ -108,11 +108,13 @@ class _Left:
     def remove(self, folder: Folder) -> None:
         """Remove it; no run that was there at the listing may be at work."""
         clear(folder.private_to_write("tmp"))
-        for name in self.names:
-            folder.remove_file(name)
         if self.commits is not None:
+            for name in self.names:
+                folder.remove_file(name)
             self.commits.remove(folder)
             return
+        for name in self.names:
+            clear(folder.to_write(name))
         for name in (CLAIMS, OWNERS):
-            with contextlib.suppress(OSError):  # not empty, or not there
+            with contextlib.suppress(OSError):  # not there, or somebody writes to it again
                 folder.private(name).rmdir()

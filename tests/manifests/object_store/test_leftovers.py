@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capipe.errors import ArtifactMismatch
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.object_store import commits
-from capipe.manifests.object_store.log import ATTEMPTS
+from capipe.manifests.object_store.log import ATTEMPTS, OBJECTS
 from capipe.manifests.sharing.claims import CLAIMS
 from capipe.manifests.sharing.output_lock import OutputLock
 from capipe.manifests.sharing.owners import OWNERS, Owner
@@ -116,4 +118,58 @@ def test_a_run_taken_for_dead_in_its_commit_brings_its_files_again(
     after_decision(monkeypatch, lambda folder: folder.remove(ATTEMPTS))
     record = commit(artifact)
     assert artifact.committed() == {"00000": record} and verify(url).faults == [] and objects(url, ATTEMPTS) == []
+    artifact.close()
+
+
+def test_on_one_machine_a_run_begins_before_the_last_one_ends_or_after_it(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share scratch files and journals there, which the last one removes."""
+    url, begun = f"{s3}/{tmp_path.name}", list[Artifact]()
+    first = opened(url, share=True)
+    assert first._lock is not None and first._lock.presence is not None
+    own = first._lock.presence.owner
+    second = threading.Thread(target=lambda: begun.append(opened(url, share=True)))
+    look = OutputLock._others
+
+    def others(lock: OutputLock) -> list[Owner]:
+        found = look(lock)
+        if lock.presence is not None and lock.presence.owner == own:
+            second.start()
+            second.join(1.0)
+            assert not begun and [name for name in objects(url, OWNERS) if own.run not in name] == []
+        return found
+
+    monkeypatch.setattr(OutputLock, "_others", others)
+    first.close()
+    second.join(60)
+    record = commit(begun[0])
+    begun[0].close()
+    assert list(Artifact.open(url).committed()) == [record.shard] and verify(url).faults == []
+
+
+def test_a_damaged_manifest_is_refused_by_its_readers_and_no_run_ends_in_it(s3: str, tmp_path: Path) -> None:
+    """What attempts have aside is kept: nobody knows which of them are committed."""
+    url = f"{s3}/{tmp_path.name}"
+    artifact = opened(url)
+    Folder(url).write(f"{OBJECTS}/00000.json", b"{}\n{cut short")
+    Folder(url).write(f"{ATTEMPTS}/{'0' * 32}/00000.parquet", b"aside")
+    artifact.close()
+    assert objects(url, ATTEMPTS) and objects(url, OWNERS) == []
+    with pytest.raises(ArtifactMismatch, match="not an entry of a manifest"):
+        opened(url)
+    assert objects(url, OWNERS) == []
+
+
+def test_leftovers_of_any_kind_in_a_folder_are_no_obstacle(tmp_path: Path) -> None:
+    url = str(tmp_path / "out")
+    opened(url, share=True).close()
+    claims = tmp_path / "out" / "_capipe" / CLAIMS
+    (claims / "a folder.json").mkdir(parents=True)
+    (claims / "a folder.json" / "file").touch()
+    (claims / "two\nlines.json").touch()
+    (claims / "link.json").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    artifact = opened(url, share=True)
+    assert artifact.claims is not None and list(claims.iterdir()) == [] and (tmp_path / "elsewhere").is_dir()
     artifact.close()

@@ -102,7 +102,7 @@ def test_nothing_to_compare() -> None:
         assert each_once(by_tables(hashes, 7, 10**6)) == set() == each_once(near_in_cluster(hashes, 7))
 
 
-@pytest.mark.parametrize("count", [None, 10**5])
+@pytest.mark.parametrize("count", [None, 10**6])
 @pytest.mark.parametrize("long", [module.LONG, 12])
 def test_a_dense_cluster_is_reported_by_its_hashes(
     count: int | None, long: int, monkeypatch: pytest.MonkeyPatch
