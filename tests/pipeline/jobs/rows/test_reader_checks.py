@@ -191,19 +191,23 @@ def test_answers_in_words_need_room_too(tmp_path: Path) -> None:
     short = stage(copied(tmp_path / "short", max_position_embeddings=300))
     opened = (OpenQuestion("What color is the star?", ("red",)), OpenQuestion("What? " * 40, ("red",)))
     alone = replace(short, asked=(), open_ended=True, opened=opened[:1])
-    left = {each: check_captions(each, texts(5)).room for each in (short, alone, replace(alone, opened=opened))}
-    both = replace(short, open_ended=True, opened=opened[:1])
-    assert left[short] > left[alone] + 30 > left[replace(alone, opened=opened)] + 60
-    assert check_captions(both, texts(5)).room == left[alone]
-    with pytest.raises(BadInput, match=rf"captions of up to 220 tokens, and .*short has room for {left[alone]} beside"):
-        check_limit(alone, 220)
-    check_limit(alone, left[alone])
-    rooms = [each.with_room(100).setup.engine.room for each in (with_engine_room(short), with_engine_room(alone))]
-    assert rooms[1] - rooms[0] == OpenReaderConfig().answer_tokens - short.reader.answer_tokens == 60
+    both, longer = replace(short, open_ended=True, opened=opened[:1]), replace(alone, opened=opened)
+    by_letter, in_words, of_both, of_longer = (
+        check_captions(each, texts(5)).room for each in (short, alone, both, longer)
+    )
+    assert by_letter > in_words + 30 and in_words > of_longer + 30 and of_both == in_words
+    with pytest.raises(BadInput, match=rf"captions of up to 290 tokens, and .*short has room for {in_words} beside"):
+        check_limit(alone, 290)
+    check_limit(alone, in_words)
 
 
-def with_engine_room(made: GradeStage) -> GradeStage:
-    return replace(made, setup=replace(made.setup, engine=replace(made.setup.engine, room=1)))
+def test_the_engine_s_room_is_for_the_longest_answer() -> None:
+    engine = EngineConfig("transformers", "tiny/reader", room=1)
+    rooms = []
+    for open_ended in (False, True):
+        made = GradeStage(GradeConfig(), EngineSetup(engine), asked=ASKED, open_ended=open_ended).with_room(100)
+        rooms.append(made.setup.engine.room or 0)
+    assert rooms[1] - rooms[0] == OpenReaderConfig().answer_tokens - made.reader.answer_tokens == 60
 
 
 async def test_a_worker_refuses_a_context_without_room_for_words() -> None:
