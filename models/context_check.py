@@ -82,7 +82,12 @@ async def caption_tokens(reader: QuizReader, caption: str, question: Question) -
 
 async def _tokens(reader: QuizReader, caption: str, question: Question) -> int:
     text = caption_prompt(caption, reader.config.abstain, reader.config.prompt) + _put(question)
-    counted = await reader.engine.count_tokens(Prompt(text))
+    return await prompt_tokens(reader.engine, text)
+
+
+async def prompt_tokens(engine: Engine, text: str) -> int:
+    """Tokens of a prompt without an image, the chat frame included; an estimate where the engine cannot count."""
+    counted = await engine.count_tokens(Prompt(text))
     return by_bytes(text) + FRAME if counted is None else counted
 
 
@@ -101,9 +106,9 @@ async def tokens_for(reader: QuizReader, most: int, texts: Sequence[str], count:
 
 async def statement_tokens(engine: Engine, statement: str) -> int:
     """Tokens of the prompt by which a statement about an image is checked (:mod:`.yes_no`), without the image."""
-    text = prompt_of(ImageInput(""), CHECK.format(text=one_line(statement)), ORDERS[0]).text
-    counted = await engine.count_tokens(Prompt(text))
-    return by_bytes(text) + FRAME if counted is None else counted
+    return await prompt_tokens(
+        engine, prompt_of(ImageInput(""), CHECK.format(text=one_line(statement)), ORDERS[0]).text
+    )
 
 
 async def check_asked(reader: QuizReader, name: str, questions: Sequence[Question]) -> None:

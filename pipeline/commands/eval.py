@@ -154,7 +154,7 @@ def evaluate(options: EvalOptions) -> None:
     from ...models.engines.context import quiz_room
     from ...models.reader import ReaderConfig
     from ...stages.questions import grade, screen
-    from ..jobs.grade import GradeStage
+    from ..jobs.grade import GradeStage, answer_tokens
     from ..jobs.rows.engine import plan
     from ..jobs.rows.prompts import chosen_prompts
     from ..jobs.rows.reader_checks import (
@@ -162,6 +162,7 @@ def evaluate(options: EvalOptions) -> None:
         caption_texts,
         check_captions,
         check_limit,
+        opened_of,
         oracle_texts,
         rewarded_by,
     )
@@ -181,9 +182,11 @@ def evaluate(options: EvalOptions) -> None:
     )
     style = options.reading.reader_prompt
     reads = ReaderConfig(presentations=config.grade.presentations, mode=mode, prompt=style)
-    setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
-    opened = has_open_ended(questions)
-    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style, open_ended=opened)
+    in_words = has_open_ended(questions)
+    setup = options.grader.setup(placement, quiz_room(longest, answer_tokens(reads, in_words)))
+    opened = opened_of(questions) if in_words else ()
+    asked = asked_of(questions)
+    grading = GradeStage(config.grade, setup, mode, asked, prompt=style, open_ended=in_words, opened=opened)
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)

@@ -258,6 +258,11 @@ def import_questions(options: QaOptions, out: str) -> Exit:
         print_err(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images")
     if refused is not None:
         print_err(f"capipe: {refused}")
+    if options.marks is None and (several := stage.repeated()):
+        print_err(
+            f"capipe: {several} of the images with questions are in the shards several times, and each copy gets all "
+            "their questions; `capipe dedup` marks the copies, --marks leaves them out"
+        )
     return run_job(job, Placement())
 
 

@@ -15,7 +15,7 @@ from ...models.quiz import PromptStyle, Question
 from ...models.reader import QuizReader, ReaderConfig
 from ...stages.questions import grade
 from ...stages.questions.grade import GradeConfig, Grader
-from ...stages.questions.open_ended import OpenReader, OpenReaderConfig
+from ...stages.questions.open_ended import OpenQuestion, OpenReader, OpenReaderConfig
 from .rows.engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 from .rows.reader_checks import too_long
 
@@ -26,8 +26,8 @@ ROWS = 4  # rows in progress beyond those that fill the engine
 class GradeStage:
     """Everything a worker needs to grade captions; picklable.
 
-    ``asked``: questions sufficient to check that the reader can answer all; ``longest``: the most tokens of a caption
-    to be read with them.
+    ``asked`` and ``opened``: questions sufficient to check that the reader can answer all, by a letter and in words;
+    ``longest``: the most tokens of a caption to be read with them.
     """
 
     config: GradeConfig
@@ -37,6 +37,7 @@ class GradeStage:
     longest: int = 0
     prompt: PromptStyle = "own"
     open_ended: bool = False  # the questions have open-ended ones, to be answered in words
+    opened: tuple[OpenQuestion, ...] = ()
     name: str = "grade"
 
     def semantic(self) -> dict[str, Any]:
@@ -50,6 +51,11 @@ class GradeStage:
     @property
     def reader(self) -> ReaderConfig:
         return ReaderConfig(presentations=self.config.presentations, mode=self.mode, prompt=self.prompt)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer with the thought before it."""
+        return answer_tokens(self.reader, self.open_ended)
 
     @property
     def engine(self) -> EngineConfig:
@@ -73,19 +79,25 @@ class GradeStage:
         """The stage for captions of up to ``longest`` tokens of the reader, or its previous room if that is larger."""
         engine = self.setup.engine
         if engine.room is not None:
-            engine = replace(engine, room=max(engine.room, quiz_room(longest, self.reader.answer_tokens)))
+            engine = replace(engine, room=max(engine.room, quiz_room(longest, self.answer_tokens)))
         return replace(self, setup=replace(self.setup, engine=engine), longest=longest)
 
     async def _check(self, engine: Engine) -> None:
         """Checks that need the running engine. Raises BadInput."""
-        if not self.asked:
-            return
         reader, name = QuizReader(engine, self.reader), self.engine.model or self.engine.kind
-        left = await room(reader, self.asked)
-        if left is not None and left < self.longest:
-            raise too_long(name, engine.context, self.longest, left)
-        if not self.engine.is_http:  # a server reports unsupported requests one by one, and they may be temporary
+        left = await room(reader, self.asked) if self.asked else None
+        in_words = await OpenReader(engine).room(self.opened) if self.opened else None
+        for each in (left, in_words):
+            if each is not None and each < self.longest:
+                raise too_long(name, engine.context, self.longest, each)
+        # A server reports unsupported requests one by one, and they may be temporary.
+        if self.asked and not self.engine.is_http:
             await check_asked(reader, name, self.asked)
+
+
+def answer_tokens(reader: ReaderConfig, open_ended: bool) -> int:
+    """Tokens of the longest answer of a reader, also in words if ``open_ended``, with the thought before it."""
+    return max(reader.answer_tokens, OpenReaderConfig().answer_tokens if open_ended else 0)
 
 
 class GradeProcessor(SidecarProcessor):

@@ -159,6 +159,13 @@ class ImportStage:
             raise BadInput(f"{self.path}: none of its {len(entries)} questions about the images can be used: {why}")
         return f"{len(bad)} of {len(entries)} questions cannot be used: {commonest_reasons(bad)}" if bad else None
 
+    def repeated(self) -> int:
+        """Number of images with questions that the shards hold several times."""
+        copies = Counter(names.uid for names in self.names.values() if names.uid is not None)
+        named = {names.uid: names for names in self.names.values()}
+        several = [named[uid] for uid, count in copies.items() if count > 1]
+        return sum(self.index.lookup(names.uid, names.key, names.source) is not None for names in several)
+
     @cached_property
     def names(self) -> dict[str, ImageNames]:
         return {names.key: names for shard in self.shards for names in image_names(shard)}

@@ -17,8 +17,23 @@ from .charts import Bar
 
 
 @dataclass(frozen=True)
+class Further:
+    """Shares of one system beyond the quiz, None without one: answers in words to ``questions`` open-ended questions by
+    relaxed accuracy and ANLS, and sentences that are true by a vision-language model."""
+
+    system: str
+    relaxed: float | None
+    anls: float | None
+    questions: int
+    sentences: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
+    """Figures of one evaluation; ``bars``: quiz accuracies.
+
+    ``after``: the training run whose checkpoint wrote the captions, if any.
+    """
 
     name: str
     captioner: str
@@ -28,6 +43,7 @@ class Evaluation:
     after: str | None
     bars: list[Bar]
     warnings: tuple[str, ...] = ()
+    further: tuple[Further, ...] = ()
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -93,9 +109,22 @@ class _Quiz:
 
 
 @dataclass(frozen=True)
+class _OpenEnded:
+    relaxed: Estimate
+    anls: Estimate
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    true: Estimate
+
+
+@dataclass(frozen=True)
 class _System:
     name: str
     quiz: _Quiz
+    open_ended: _OpenEnded | None = None
+    sentences: _Sentences | None = None
 
 
 @dataclass(frozen=True)
@@ -131,4 +160,14 @@ def _evaluation(name: str, folder: str, runs: Sequence[str]) -> Evaluation:
     reader = str(report.settings.get("reader", "")).partition("@")[0]
     shown = last_part(captioner) if "/step-" in captioner else captioner
     warnings = tuple(warning.text for warning in report.warnings)
-    return Evaluation(name, shown, public(reader), report.images, report.questions, after, bars, warnings)
+    further = tuple(entry for system in report.systems if (entry := _further(system)) is not None)
+    return Evaluation(name, shown, public(reader), report.images, report.questions, after, bars, warnings, further)
+
+
+def _further(system: _System) -> Further | None:
+    """What a system has beyond the quiz; None if that is nothing."""
+    opened, checked = system.open_ended, system.sentences
+    true = None if checked is None else checked.true.value
+    if opened is None:
+        return None if true is None else Further(system.name, None, None, 0, true)
+    return Further(system.name, opened.relaxed.value, opened.anls.value, opened.relaxed.n, true)

@@ -47,13 +47,17 @@ class ShownCaption:
 @dataclass(frozen=True)
 class ShownQuestion:
     """A question with its options; ``right``: index of the right one. ``answers``: right and scored presentations,
-    by captions."""
+    by captions.
+
+    An open-ended one has the accepted answers as options; ``in_words``: what was answered, by captions.
+    """
 
     question: str
     options: list[str]
     right: int | None
     status: str
     answers: dict[str, tuple[int, int]]
+    in_words: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -173,9 +177,12 @@ def _shown(
                 known = questions.get(question["id"])
                 if question["question"] and (known is None or part == "screened questions"):
                     questions[question["id"]] = _question(question, known.answers if known else {})
+            _add_open_ended(questions, row)
     for shard, row in rows.items():
         if _shown_of(join, shard.artifact) == "answers":
             _add_answers(questions, shard.artifact, row)
+            _add_open_ended(questions, row)
+            _add_words(questions, shard.artifact, row)
     shown.questions = sorted(questions.values(), key=lambda question: question.status != QuestionStatus.OK)
     return shown
 
@@ -203,6 +210,23 @@ def _add_answers(questions: Mapping[str, ShownQuestion], artifact: str, row: Map
                 name = f"{artifact.rpartition('/')[0] or artifact}: {system}"
                 right, scored = questions[answer["id"]].answers.get(name, (0, 0))
                 questions[answer["id"]].answers[name] = right + answer["right"], scored + answer["scored"]
+
+
+def _add_open_ended(questions: dict[str, ShownQuestion], row: Mapping[str, Any]) -> None:
+    for question in row.get("open_questions") or []:
+        if question["id"] not in questions:
+            accepted = [cut(answer) for answer in question["answers"] or []]
+            questions[question["id"]] = ShownQuestion(question["question"], accepted, None, QuestionStatus.OK, {})
+
+
+def _add_words(questions: Mapping[str, ShownQuestion], artifact: str, row: Mapping[str, Any]) -> None:
+    """Add to each open-ended question the answer in words from each system's first caption."""
+    for answer in row.get("open_answers") or []:
+        system = answer["name"].partition("#")[0]
+        if system not in CONTROLS and answer["id"] in questions:
+            said = "–" if answer["answer"] is None else cut(answer["answer"])
+            name = f"{artifact.rpartition('/')[0] or artifact}: {system}"
+            questions[answer["id"]].in_words.setdefault(name, said)
 
 
 # --- removed rows ----------------------------------------------------------------------------------------------------

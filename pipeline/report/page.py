@@ -58,7 +58,7 @@ def write_report(
             (training, [line_chart(title, lines, "step") for title, lines in training.charts.items()])
             for training in facts.trainings
         ],
-        quiz=interval_chart("Questions answered right", bars) if facts.evaluations else None,
+        quiz=interval_chart("Questions answered right", bars) if bars else None,
         gain=gain,
         pairs=pairs,
         histograms=[(scores, list(map(histogram_chart, scores.histograms))) for scores in facts.scores],

@@ -1,7 +1,7 @@
 """Parquet columns flattened to one text or number per row, to show, search, filter and compare.
 
 A list of captions becomes a text column per caption name (``caption_dense``), with status and length; graded captions
-also get the share of right answers; questions become their number and their text.
+also get the share of right answers, and their answers in words; questions become their number and their text.
 """
 
 from __future__ import annotations
@@ -80,6 +80,13 @@ def _of_list(parquet: pq.ParquetFile, field: pa.Field, paths: list[str]) -> Iter
         yield Flat(field.name, pa.string(), tuple(paths), partial(_joined, field.name, None))
     elif pa.types.is_struct(inside) and field.name == "captions" and inside.get_field_index("name") >= 0:
         yield from _captions(parquet, inside, paths)
+    elif pa.types.is_struct(inside) and field.name == "open_answers":
+        yield from _answers(parquet, {path.rsplit(".", 1)[1]: path for path in paths})
+    elif pa.types.is_struct(inside) and field.name == "open_questions":
+        leaves = {path.rsplit(".", 1)[1]: path for path in paths}
+        yield Flat(field.name, pa.int32(), (leaves["id"],), partial(_count, field.name, None))
+        make = partial(_joined, field.name, "question")
+        yield Flat(f"{field.name}_text", pa.string(), (leaves["question"],), make)
     elif pa.types.is_struct(inside) and field.name == "questions":
         leaves = {path.rsplit(".", 1)[1]: path for path in paths if path.count(".") == paths[0].count(".")}
         yield Flat("questions", pa.int32(), (leaves["id"],), partial(_count, field.name, None))
@@ -93,10 +100,7 @@ def _of_list(parquet: pq.ParquetFile, field: pa.Field, paths: list[str]) -> Iter
 def _captions(parquet: pq.ParquetFile, inside: pa.StructType, paths: list[str]) -> Iterator[Flat]:
     leaves = {path.rsplit(".", 1)[1]: path for path in paths if "answers" not in path}
     answers = tuple(path for path in paths if path.endswith((".right", ".scored")))
-    batch = next(iter(parquet.iter_batches(_LEARNT, columns=[leaves["name"]], use_threads=False)), None)
-    lists = [] if batch is None else batch.column(0).to_pylist()
-    names = dict.fromkeys(caption["name"] for row in lists for caption in row or [] if caption["name"])
-    for name in names:
+    for name in _names(parquet, leaves["name"]):
         word = identifier(name)
         for field, title in (("text", "caption"), ("status", "status"), ("n_tokens", "tokens")):
             if field in leaves:
@@ -105,6 +109,30 @@ def _captions(parquet: pq.ParquetFile, inside: pa.StructType, paths: list[str]) 
                 yield Flat(f"{title}_{word}", type_, needed, make, prose=field == "text")
         if answers:
             yield Flat(f"right_{word}", pa.float64(), (leaves["name"], *answers), partial(_share_right, name))
+
+
+def _answers(parquet: pq.ParquetFile, leaves: dict[str, str]) -> Iterator[Flat]:
+    """Answers in words from the caption of each name."""
+    for name in _names(parquet, leaves["name"]):
+        make = partial(_answered, name)
+        yield Flat(f"answers_{identifier(name)}", pa.string(), (leaves["name"], leaves["answer"]), make)
+
+
+def _names(parquet: pq.ParquetFile, leaf: str) -> list[str]:
+    """Names of captions in the first rows of a list column."""
+    batch = next(iter(parquet.iter_batches(_LEARNT, columns=[leaf], use_threads=False)), None)
+    lists = [] if batch is None else batch.column(0).to_pylist()
+    return list(dict.fromkeys(each["name"] for row in lists for each in row or [] if each["name"]))
+
+
+def _answered(name: str, table: pa.Table) -> pa.Array:
+    """Each row's answers in words from the caption of this name; null without one."""
+    lists, offsets = _list(table, "open_answers")
+    named = np.asarray(pc.fill_null(pc.equal(pc.struct_field(lists.values, "name"), name), False))
+    ends = np.concatenate([[0], np.cumsum(named)])[offsets]
+    texts = pc.fill_null(pc.struct_field(lists.values, "answer"), "–").filter(pa.array(named))
+    joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), texts), "; ")
+    return pc.if_else(pa.array(np.diff(ends) > 0), joined, pa.scalar(None, pa.string()))
 
 
 def _list(table: pa.Table, name: str) -> tuple[pa.ListArray, np.ndarray]:

@@ -119,9 +119,13 @@ class Grader:
         """Answers in words from each caption, by its name; the self-oracle tells none of these questions'."""
         assert self.open_reader is not None
         found: list[tuple[str, OpenAnswer]] = []
+        of_text: dict[str | None, list[OpenAnswer]] = {}
         for subject in subjects:
-            if subject.status != Status.ENGINE_ERROR and subject.name != "self-oracle":
-                found += [(subject.name, answer) for answer in await self.open_reader.read(subject.text, questions)]
+            if subject.status == Status.ENGINE_ERROR or subject.name == "self-oracle":
+                continue
+            if budget_of(subject.name) is None or subject.text not in of_text:
+                of_text[subject.text] = await self.open_reader.read(subject.text, questions)
+            found += [(subject.name, answer) for answer in of_text[subject.text]]
         return found
 
     async def _readings(

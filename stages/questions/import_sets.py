@@ -29,11 +29,12 @@ from ..reading.bounded_rows import Beyond, bounded_lines, json_row
 from ..reading.conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
 from ..reading.files import open_binary
 from ..reading.json_files import begins_list, list_items, whole_object
-from .layouts import ANSWER_FIELDS, INDEX_FIELDS, faulty, read_question
+from .layouts import ANSWER_FIELDS, CHART_FIELDS, INDEX_FIELDS, faulty, read_question
 from .validate import RawQuestion
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
-IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
+_PATHS = ("image_path", "image", "images", "path", "file", "file_name", "filename", "filepath", "imgname")
+IMAGE_FIELDS = ("uid", "key", *_PATHS)  # imgname is ChartQA's
 ID_FIELDS = ("image_id", "data_id")  # only if nothing else names the image: they may be numbers, like keys
 NUMBERED_FIELDS = tuple(f"image_{number}" for number in range(1, 10))  # MMMU's; one of them is filled, or several
 LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_truth", *CONVERSATION_COLUMNS)
@@ -129,7 +130,7 @@ def _records(file: str) -> Iterator[QuestionRecord]:
 
 
 def _asks(row: Mapping[str, Any]) -> bool:
-    if "question" in row or any(name in row for name in LIST_FIELDS):
+    if "question" in row or any(name in row for name in LIST_FIELDS) or all(name in row for name in CHART_FIELDS):
         return True
     return isinstance(row.get("prompt"), str) and any(name in row for name in (*ANSWER_FIELDS, *INDEX_FIELDS))
 

@@ -27,6 +27,8 @@ ANSWER_FIELDS = (
     "correct_choice",
     "multiple_choice_answer",  # VQA's
 )
+#: Of ChartQA's own files: the question and its answer.
+CHART_FIELDS = ("query", "label")
 INDEX_FIELDS = ("answer_index", "answer_idx", "correct_index", "correct_choice_idx")  # the last one is A-OKVQA's
 _TEXTS = ("text", "content", "value")  # fields of an option that is an object
 _LABELS = ("label", "key", "id", "letter")
@@ -53,13 +55,16 @@ def read_question(entry: object) -> RawQuestion:
     """Read a question given as an object, or as a pair [question, answer].
 
     The text is in ``question``, or else in ``prompt`` (Prism's files, which CapRL's evaluation reads), with or without
-    options in its last lines.
+    options in its last lines; or in ``query`` beside a ``label``, its answer (ChartQA).
     """
     if isinstance(entry, list) and len(entry) == 2:
         entry = {"question": entry[0], "answer": entry[1]}
     if not isinstance(entry, Mapping):
         return faulty(f"a question of type {type(entry).__name__}, not an object or a pair")
     text = entry.get("question")
+    if text is None and all(name in entry for name in CHART_FIELDS):
+        text = entry["query"]
+        entry = {"answer": entry["label"], **entry}
     if text is None and isinstance(entry.get("prompt"), str):
         text = _of_prompt(without_marks(entry["prompt"]))
     text = _without_instructions(_about_the_image(without_marks(text))) if isinstance(text, str) else text
@@ -84,10 +89,16 @@ def _blank(value: object) -> bool:
 
 
 def _answers(entry: Mapping[str, object]) -> tuple[object, ...]:
-    """All answers of an entry, one-element lists unpacked; an index may be text, as in CSV."""
+    """All answers of an entry, one-element lists unpacked; an index may be text, as in CSV.
+
+    A list of texts in ``answers`` (DocVQA) counts if there is nothing else: VQA has objects there.
+    """
     answers = [entry[field] for field in ANSWER_FIELDS if not _blank(entry.get(field))]
     indices = [entry[field] for field in INDEX_FIELDS if not _blank(entry.get(field))]
     answers += [int(answer) if isinstance(answer, str) and answer.isdecimal() else answer for answer in indices]
+    accepted = entry.get("answers")
+    if not answers and isinstance(accepted, list) and all(isinstance(answer, str) for answer in accepted):
+        answers = [accepted]
     return tuple(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers)
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...models.context_check import FRAME, LONGEST, Count, prompt_tokens
 from ...models.engines.base import Engine, GenerationRequest, Prompt, Refused, RequestError, Sampling
 from ...models.engines.thinking import thinks
 from ...models.quiz import ABSTAIN, fold, one_line, plain
@@ -103,6 +105,11 @@ class OpenReaderConfig(BaseModel):
     seed: int = Field(0, description="source of sampled answers, with each question's id and prompt")
     abstain: str = Field(ABSTAIN, min_length=1, description="what a model is to say where the caption does not tell")
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer with the thought before it."""
+        return self.max_tokens + self.thought_tokens
+
 
 @dataclass(frozen=True)
 class OpenAnswer:
@@ -120,6 +127,17 @@ def open_prompt(caption: str | None, question: OpenQuestion, abstain: str = ABST
     if caption is None:
         return f"{READ_OPEN_BLIND.format(abstain=abstain)}\n\n{asked}"
     return f"{READ_OPEN.format(abstain=abstain)}\n\n<caption>\n{plain(caption).strip()}\n</caption>\n\n{asked}"
+
+
+def longest(questions: Iterable[OpenQuestion]) -> tuple[OpenQuestion, ...]:
+    """The questions with the most bytes, which the checks of the reader's context need."""
+    return tuple(heapq.nlargest(LONGEST, questions, key=lambda question: len(question.text.encode())))
+
+
+def room_of(context: int, questions: Sequence[OpenQuestion], count: Count) -> int:
+    """Like :meth:`OpenReader.room`, for a reader that is not started yet; it is unknown whether it thinks first."""
+    beside = max((count(open_prompt("", question)) for question in questions), default=0)
+    return context - beside - FRAME - OpenReaderConfig().max_tokens
 
 
 def says_nothing(answer: str, abstain: str = ABSTAIN) -> bool:
@@ -143,12 +161,24 @@ class OpenReader:
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
+    async def room(self, questions: Sequence[OpenQuestion]) -> int | None:
+        """Tokens left for a caption beside any of ``questions`` (:func:`longest`) and its answer.
+
+        None where the engine is a server that does not report its context.
+        """
+        if self.engine.context is None:
+            return None
+        asked = [await prompt_tokens(self.engine, open_prompt("", each, self.config.abstain)) for each in questions]
+        thinking = await thinks(self.engine)
+        answer = self.config.answer_tokens if thinking else self.config.max_tokens
+        return self.engine.context - max(asked, default=0) - answer
+
     async def _answer(self, caption: str | None, question: OpenQuestion) -> OpenAnswer:
         config = self.config
         text = open_prompt(caption, question, config.abstain)
         thinking = await thinks(self.engine)
         temperature = config.temperature or (THOUGHT_TEMPERATURE if thinking else 0.0)
-        tokens = config.max_tokens + (config.thought_tokens if thinking else 0)
+        tokens = config.answer_tokens if thinking else config.max_tokens
         sampling = Sampling(temperature, 1.0, tokens, seed_of(f"{config.seed}/{question.id}/{text}"))
         try:
             completion = await self.engine.generate(GenerationRequest(Prompt(text), sampling))

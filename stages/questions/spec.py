@@ -14,7 +14,7 @@ GRADED = ArtifactSpec(
     "questions answered from captions alone",
     GRADE,
     shown="answers",
-    repeated="questions|(caption|status|tokens)_.*",
+    repeated="(open_)?questions|open_questions_text|(caption|status|tokens)_.*",
 )
 
 CHECKED_CAPTIONS = ArtifactSpec("checked", "captions checked sentence by sentence", CHECKED, repeated="caption_.*")

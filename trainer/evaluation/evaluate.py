@@ -40,6 +40,7 @@ from .results import (
     Sentences,
     ShownAnswer,
     ShownCaption,
+    ShownWords,
     System,
     Truth,
     json_ready,
@@ -339,4 +340,7 @@ def _example(name: str, graded: GradedImage) -> ShownCaption:
         (question.kind, caption.answers[question.id]) for question in graded.questions if question.id in caption.answers
     ]
     answers = tuple(ShownAnswer(kind, answer.right, answer.abstained, answer.scored) for kind, answer in by_kind)
-    return ShownCaption(graded.key, name, None if name == "blind" else caption.text, answers)
+    said = graded.open_ended.get(name, ())
+    first = [each for each in said if each.caption == said[0].caption]
+    in_words = tuple(ShownWords(each.question, each.said, each.accepted) for each in first)
+    return ShownCaption(graded.key, name, None if name == "blind" else caption.text, answers, in_words)

@@ -47,9 +47,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class OpenEndedAnswer:
-    """An answer in words from one caption: the question's id, what is accepted, and what was said, if anything."""
+    """An answer in words from the caption of a name to a question; ``said``: None if it was declined, or failed."""
 
+    caption: str
     id: str
+    question: str
     accepted: tuple[str, ...]
     said: str | None
 
@@ -133,12 +135,13 @@ def places_of_answer(options: int, answer: int, presentations: int, last: bool =
 
 def _open_ended(row: Mapping[str, Any]) -> dict[str, list[OpenEndedAnswer]]:
     """Answers in words by system; those to unknown questions are left out."""
-    accepted = {question["id"]: tuple(question["answers"]) for question in row.get("open_questions") or ()}
+    asked = {question["id"]: question for question in row.get("open_questions") or ()}
     found: dict[str, list[OpenEndedAnswer]] = {}
     for answer in row.get("open_answers") or ():
-        if answer["id"] in accepted:
-            of_system = found.setdefault(system_of(answer["name"]), [])
-            of_system.append(OpenEndedAnswer(answer["id"], accepted[answer["id"]], answer["answer"]))
+        if (question := asked.get(answer["id"])) is not None:
+            name, accepted = answer["name"], tuple(question["answers"])
+            entry = OpenEndedAnswer(name, answer["id"], question["question"], accepted, answer["answer"])
+            found.setdefault(system_of(name), []).append(entry)
     return found
 
 

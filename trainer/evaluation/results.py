@@ -190,6 +190,15 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True)
+class ShownWords:
+    """An answer in words (None: declined, or failed) to an open-ended question, and what is accepted."""
+
+    question: str
+    said: str | None
+    accepted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ShownCaption:
     """A system's first caption of an image, with the answers from it. ``text``: None for blind."""
 
@@ -197,6 +206,7 @@ class ShownCaption:
     system: str
     text: str | None
     answers: tuple[ShownAnswer, ...]
+    in_words: tuple[ShownWords, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -14,13 +14,13 @@ from rich.text import Text
 
 from ...models.scorers.sentence_truth import TRUE_FROM
 from ...terminal import escaped
-from .budget_table import budget_grid
+from .budget_table import budget_grid, open_budget_grid
 from .cells import NONE, Grid, number, percent, share, with_interval
 from .evaluate import kinds_in_order
+from .example_table import examples_grid
 from .open_table import open_grid
-from .results import Comparison, Difference, EvaluationReport, ShownCaption, System
+from .results import Comparison, Difference, EvaluationReport, System
 
-_LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _MARKDOWN = re.compile(r"([\\`*_\[|~$])")  # characters with a meaning inside a line
 
@@ -40,6 +40,7 @@ def terminal(value: EvaluationReport | Comparison) -> list[Table]:
             _quiz_grid(value),
             budget_grid(value),
             open_grid(value),
+            open_budget_grid(value),
             _truth_grid(value),
             _sentence_grid(value),
             _retrieval_grid(value),
@@ -70,6 +71,7 @@ def _report_page(report: EvaluationReport) -> Iterator[str]:
         _quiz_grid(report),
         budget_grid(report),
         open_grid(report),
+        open_budget_grid(report),
         _truth_grid(report),
         _sentence_grid(report),
         _retrieval_grid(report),
@@ -81,7 +83,7 @@ def _report_page(report: EvaluationReport) -> Iterator[str]:
         if grid.rows:
             yield _markdown(grid)
     if report.examples:
-        yield _markdown(_examples_grid(report.examples))
+        yield _markdown(examples_grid(report.examples))
 
 
 def _comparison_page(comparison: Comparison) -> Iterator[str]:
@@ -197,7 +199,8 @@ def _sentence_grid(report: EvaluationReport) -> Grid:
     header = ("system", "true %", "wrong", "probability", *scene, "sentences", "captions", "unanswered")
     note = (
         f"By a vision-language model, which Settings name: a sentence is true from a probability of {TRUE_FROM:g}. "
-        "Wrong: other sentences, per caption. Unanswered: captions with a sentence without an answer, in no figure."
+        "Their share is the precision of DCScore, with sentences as its units. Wrong: other sentences, per caption. "
+        "Unanswered: captions with a sentence without an answer, in no figure."
     )
     if by_scene:
         note += " By scene: exactly, where a sentence states anything known; agreement: sentences judged alike."
@@ -292,20 +295,6 @@ def _places_grid(report: EvaluationReport) -> Grid:
         rows.append((str(position + 1), *cells))
     note = "n: presentations. Figures that differ between places show a reader that prefers some of them."
     return Grid("Right % by place of the right option", ("place", *shown), tuple(rows), note)
-
-
-def _examples_grid(examples: Sequence[ShownCaption]) -> Grid:
-    rows = []
-    for example in examples:
-        answers = [
-            f"{a.kind} {a.right}/{a.scored}" + (f" ({a.abstained} cannot tell)" if a.abstained else "")
-            for a in example.answers
-        ]
-        text = NONE if example.text is None else example.text
-        cut = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-        rows.append((example.key, example.system, cut, ", ".join(answers) or NONE))
-    note = "Beside each caption: presentations answered right, of those scored."
-    return Grid("Examples", ("image", "system", "caption", "questions"), tuple(rows), note, words=True)
 
 
 def _settings_grid(settings: Mapping[str, Mapping[str, Any]]) -> Grid:

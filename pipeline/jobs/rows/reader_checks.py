@@ -9,11 +9,13 @@ from typing import Protocol
 
 from ....errors import BadInput
 from ....manifests.artifact import Artifact
-from ....models.context_check import context_of, counter_of, room_of, telling
+from ....models.context_check import Count, context_of, counter_of, room_of, telling
 from ....models.engines.loading import EngineConfig, ModelIdentity, same_model
 from ....models.quiz import Question, self_oracle
 from ....models.reader import ReaderConfig
-from ....stages.questions.grade import kept_questions
+from ....stages.questions import open_ended
+from ....stages.questions.grade import kept_questions, open_questions
+from ....stages.questions.open_ended import OpenQuestion
 from ....trainer.evaluation.results import Caution
 
 MOST_TOO_LONG = 0.1  # share of the captions; a single one is always accepted
@@ -43,7 +45,7 @@ class Lengths:
 
 
 class Asking(Protocol):
-    """A reader, its configuration, and its questions (:func:`asked_of`)."""
+    """A reader, its configuration, and its questions (:func:`asked_of`, :func:`opened_of`)."""
 
     @property
     def engine(self) -> EngineConfig: ...
@@ -53,6 +55,9 @@ class Asking(Protocol):
 
     @property
     def asked(self) -> tuple[Question, ...]: ...
+
+    @property
+    def opened(self) -> tuple[OpenQuestion, ...]: ...
 
     @property
     def identity(self) -> ModelIdentity: ...
@@ -70,9 +75,9 @@ def check_limit(stage: Asking, max_tokens: int) -> None:
         if engine.is_http:  # it may be started while captions are written; checked again before use
             return
         raise
-    if context is None or not stage.asked:
+    if context is None or not (stage.asked or stage.opened):
         return
-    left = room_of(context, stage.reader, stage.asked, counter_of(engine))
+    left = _left(stage, context, counter_of(engine))
     if left < max_tokens:
         raise too_long(engine.model or engine.kind, context, max_tokens, left, "--max-tokens: captions")
 
@@ -81,10 +86,10 @@ def check_captions(stage: Asking, texts: Iterable[Text]) -> Lengths:
     """Compare the captions' actual lengths with the reader's context. Raises BadInput if many do not fit."""
     engine = stage.engine
     context = context_of(engine)
-    if context is None or not stage.asked:
+    if context is None or not (stage.asked or stage.opened):
         return Lengths()
     count = counter_of(engine)
-    left = room_of(context, stage.reader, stage.asked, count)
+    left = _left(stage, context, count)
     seen = over = most = size_of_longest = 0
     longest, first = "", ""
     for key, text, n_tokens in texts:
@@ -98,6 +103,13 @@ def check_captions(stage: Asking, texts: Iterable[Text]) -> Lengths:
     if over > 1 and over > MOST_TOO_LONG * seen:
         raise too_long(engine.model or engine.kind, context, most, left, f"{over} of {seen} captions")
     return Lengths(count(longest) if longest and not engine.is_http else 0, seen, over, first, left)
+
+
+def _left(stage: Asking, context: int, count: Count) -> int:
+    """Tokens left for a caption beside the longest question of either kind, of which there is at least one."""
+    lefts = [room_of(context, stage.reader, stage.asked, count)] if stage.asked else []
+    lefts += [open_ended.room_of(context, stage.opened, count)] if stage.opened else []
+    return min(lefts)
 
 
 def caption_texts(captions: Artifact) -> Iterator[Text]:
@@ -144,6 +156,16 @@ def oracle_texts(questions: Artifact) -> Iterator[Text]:
 def asked_of(questions: Artifact) -> tuple[Question, ...]:
     """The questions that the checks need."""
     return telling(question for _, asked in _questions(questions) for question in asked)
+
+
+def opened_of(questions: Artifact) -> tuple[OpenQuestion, ...]:
+    """The open-ended questions that the checks need."""
+    return open_ended.longest(
+        question
+        for shard in questions.committed()
+        for row in questions.read_rows(shard)
+        for question in open_questions(row)
+    )
 
 
 def _questions(artifact: Artifact) -> Iterator[tuple[str, list[Question]]]:

@@ -26,6 +26,8 @@ function part(name, values) {
     if (value === null || value === "" || (Array.isArray(value) && !value.length)) continue;
     if (key === "captions" && Array.isArray(value)) section.append(captions(value));
     else if (key === "questions" && Array.isArray(value)) section.append(questions(value));
+    else if (key === "open_questions" && Array.isArray(value)) section.append(inWords(value, values.open_answers ?? []));
+    else if (key === "open_answers" && values.open_questions?.length) continue;
     else plain.append(make("dt", {}, key), make("dd", {}, shown(value)));
   }
   section.append(plain);
@@ -55,6 +57,18 @@ function questions(list) {
     const options = make("span", { class: "options" });
     (each.options ?? []).forEach((option, index) => options.append(make("span", index === each.answer ? { class: "right-option", title: "the right one" } : {}, option), " "));
     made.append(make("li", {}, each.question, each.status && each.status !== "ok" ? make("span", { class: "warn" }, ` ${each.status}`) : null, make("br"), options));
+  }
+  return made;
+}
+
+// Open-ended questions with what is accepted, and the answers in words from each caption.
+function inWords(asked, answers) {
+  const made = make("ol", { class: "asked" });
+  for (const each of asked) {
+    const accepted = make("span", { class: "options" });
+    for (const answer of each.answers ?? []) accepted.append(make("span", { class: "right-option", title: "accepted" }, answer), " ");
+    const said = answers.filter((answer) => answer.id === each.id).map((answer) => `${answer.name}: ${answer.answer ?? "–"}`);
+    made.append(make("li", {}, each.question, make("br"), accepted, ...said.flatMap((text) => [make("br"), text])));
   }
   return made;
 }

@@ -98,3 +98,10 @@ def test_an_artifact_whose_older_shards_lack_them_is_read_as_one(tmp_path: Path)
     tables = [read_parquet(Folder(str(tmp_path)), f"0000{number}.parquet") for number in range(2)]
     joined = pa.concat_tables(tables, promote_options="default")
     assert joined["prompt_tokens"].to_pylist() == [None, 7]
+    duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
+    files = f"{tmp_path}/*.parquet"
+    asked = f"select prompt_tokens from read_parquet('{files}', union_by_name=true)"
+    assert duckdb.sql(asked).fetchall() == [(None,), (7,)]
+    newer = polars.read_parquet_schema(tmp_path / "00001.parquet")
+    scanned = polars.scan_parquet(files, schema=newer, missing_columns="insert")
+    assert scanned.select("prompt_tokens").collect().to_series().to_list() == [None, 7]

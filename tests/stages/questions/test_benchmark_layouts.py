@@ -15,6 +15,7 @@ import pytest
 from capipe.manifests.shards import uid_of
 from capipe.stages.questions.import_sets import read_question_set
 from capipe.stages.questions.layouts import read_question
+from capipe.stages.questions.open_ended import open_question
 from capipe.stages.questions.validate import checked
 
 from ...conftest import photo
@@ -107,6 +108,28 @@ def test_rows_that_share_an_image_by_index(tmp_path: Path) -> None:
         ((uid, "3"), [("What?", "z")]),
         (("9",), [("Who?", "x")]),
     ]
+
+
+# --- ChartQA and DocVQA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "image", "accepted"),
+    [
+        ({"imgname": "1.png", "query": "How much?", "label": "14"}, "1.png", ("14",)),
+        ({"image": {"bytes": None, "path": "1.png"}, "query": "How much?", "label": ["14"]}, "1.png", ("14",)),
+        ({"image": "documents/x_1.png", "question": "How much?", "answers": ["14", "14 %"]}, "x_1", ("14", "14 %")),
+        ({"image": "1.png", "question": "How much?", "answers": [{"answer": "no"}], "answer": "14"}, "1", ("14",)),
+        ({"image": "1.png", "question": "How much?", "label": "chart", "answer": "14"}, "1.png", ("14",)),
+        ({"image": "1.png", "question": "How much?", "answers": []}, "1.png", None),
+    ],
+)
+def test_open_ended_sets(tmp_path: Path, row: dict[str, Any], image: str, accepted: tuple[str, ...] | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (record,) = read_question_set(str(tmp_path / "a.json"))
+    assert image in record.images[0]
+    found = open_question(record.questions[0])
+    assert (found and (found.text, found.answers)) == (accepted and ("How much?", accepted))
 
 
 # --- MMMU ------------------------------------------------------------------------------------------------------------

@@ -348,6 +348,17 @@ async def test_a_row_may_have_open_ended_questions_alone() -> None:
     assert (await grader().grade(row(questions=alone)))["captions"] == [], "a reader that is not to answer them"
 
 
+async def test_words_from_a_caption_within_its_budget_are_not_asked_for_again() -> None:
+    engine = Scripted(reads, says_what_is_told)
+    config = GradeConfig(controls=False, words=(2, 400))
+    out = await Grader(QuizReader(engine, ReaderConfig()), config, OpenReader(engine)).grade(
+        row(questions=questions(questions=[], open_questions=OPEN), captions=captions(caption("plain", "A blue star.")))
+    )
+    answers = {each["name"]: each["answer"] for each in out["open_answers"]}
+    assert answers == {"plain": "blue", "plain@2": "blue", "plain@400": "blue"}
+    assert len(engine.generations) == 2
+
+
 async def test_a_failed_request_for_words_leaves_the_row_unresolved() -> None:
     out = await open_grader(lambda request: RequestError("timed out")).grade(
         row(questions=questions(open_questions=OPEN))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from capipe.pipeline.jobs.rows.engine import EngineSetup
 from capipe.pipeline.jobs.rows.reader_checks import check_captions, check_limit
 from capipe.pipeline.jobs.train import run_training
 from capipe.stages.questions.grade import GradeConfig
+from capipe.stages.questions.open_ended import OpenQuestion, OpenReaderConfig
 from capipe.trainer.recipe import load_recipe
 
 from ....readers import copied, deaf, prefers_a
@@ -182,6 +184,39 @@ def test_real_captions_are_held_against_the_readers_context(tmp_path: Path) -> N
     check_limit(short, 100)
     with pytest.raises(BadInput, match="--max-tokens: captions of up to 290 tokens"):
         check_limit(short, 290)
+
+
+def test_answers_in_words_need_room_too(tmp_path: Path) -> None:
+    """64 tokens for the answer, where a letter needs one; also in a set that has no other questions."""
+    short = stage(copied(tmp_path / "short", max_position_embeddings=300))
+    opened = (OpenQuestion("What color is the star?", ("red",)), OpenQuestion("What? " * 40, ("red",)))
+    alone = replace(short, asked=(), open_ended=True, opened=opened[:1])
+    both, longer = replace(short, open_ended=True, opened=opened[:1]), replace(alone, opened=opened)
+    by_letter, in_words, of_both, of_longer = (
+        check_captions(each, texts(5)).room for each in (short, alone, both, longer)
+    )
+    assert by_letter > in_words + 30 and in_words > of_longer + 30 and of_both == in_words
+    with pytest.raises(BadInput, match=rf"captions of up to 290 tokens, and .*short has room for {in_words} beside"):
+        check_limit(alone, 290)
+    check_limit(alone, in_words)
+
+
+def test_the_engine_s_room_is_for_the_longest_answer() -> None:
+    engine = EngineConfig("transformers", "tiny/reader", room=1)
+    rooms = []
+    for open_ended in (False, True):
+        made = GradeStage(GradeConfig(), EngineSetup(engine), asked=ASKED, open_ended=open_ended).with_room(100)
+        rooms.append(made.setup.engine.room or 0)
+    assert rooms[1] - rooms[0] == OpenReaderConfig().answer_tokens - made.reader.answer_tokens == 60
+
+
+async def test_a_worker_refuses_a_context_without_room_for_words() -> None:
+    limited = EngineSetup(EngineConfig("transformers", "tiny/reader", max_model_len=150))
+    opened = (OpenQuestion("What color is the star?", ("red",)),)
+    with pytest.raises(BadInput, match="captions of up to 100 tokens, and tiny/reader has room for"):
+        await GradeStage(GradeConfig(), limited, open_ended=True, opened=opened, longest=100).load()
+    loaded = await GradeStage(GradeConfig(), limited, open_ended=True, opened=opened, longest=5).load()
+    await loaded.aclose()
 
 
 async def test_a_worker_checks_what_its_engine_has_settled_on() -> None:
