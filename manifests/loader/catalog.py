@@ -11,7 +11,7 @@ from ..expressions.parser import kind_of, parse, unknown_column
 from ..joining.companion import SELECTION
 from ..schema import BASE, CAPTION, INGEST
 from .mix import CaptionSource, checked_mix
-from .rows import Query
+from .rows import Query, uids_before
 from .sources import SHARDS, Table
 
 RE, ORG, CHOSEN = "re", "org", "caption"
@@ -34,7 +34,8 @@ def query(
     wanted = [*([] if expression is None else [column.name for column in expression.columns]), *shown.values()]
     places = {name: found.place(name) for name in wanted}
     types = {name: found.types[column] for name, column in shown.items()}
-    return Query(expression, places, {name: known[name] for name in weights}, shown, types), weights
+    before = next((uids_before(table.schema) for table in tables if table.name == SHARDS), [])
+    return Query(expression, places, {name: known[name] for name in weights}, shown, types, before), weights
 
 
 def caption_sources(tables: Sequence[Table]) -> dict[str, CaptionSource]:

@@ -19,6 +19,7 @@ from ....manifests.artifact import Artifact
 from ....manifests.file_transaction import FileTransaction
 from ....manifests.files import bounded_json
 from ....manifests.manifest import REPLACES, ShardRecord, made_of
+from ....manifests.schema import SOURCE_UID
 from ....manifests.status import Status
 from ..provenance import public
 from ..source import committed_listing, listing
@@ -160,13 +161,15 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
     """Captions of a shard's ok rows, in their order; null where the captioner gave none.
 
     ``artifact``: whose shard it is; ``shards``: those of the source that it was made of. Raises BadInput for a row that
-    the captions do not know, or know with another image.
+    the captions do not know, or know with another image: by its uid, and of one encoded anew by that in its source.
     """
     with committed_listing(artifact, record) as listed:
         origin = [name for name in _ORIGIN if name in listed.schema_arrow.names]
-        rows = listed.read(columns=["key", "uid", "status", *origin], use_threads=False)
+        before = [SOURCE_UID] if SOURCE_UID in listed.schema_arrow.names else []  # of images encoded anew
+        rows = listed.read(columns=["key", "uid", "status", *before, *origin], use_threads=False)
     rows = rows.filter(pc.equal(rows["status"], str(Status.OK)))
     uids = rows["uid"].to_pylist()
+    known_uids = list(zip(*(rows[name].to_pylist() for name in ("uid", *before)), strict=True))
     texts: dict[str, list[str | None]] = {column: [None] * len(uids) for column in captions.columns.values()}
     where = captions.artifact.url
     if not captions.direct and (len(origin) < len(_ORIGIN) or rows[_ORIGIN[0]].null_count):
@@ -179,7 +182,7 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
             number = keys.pop(row["key"], None)
             if number is None:
                 continue
-            if row["uid"] != uids[number]:
+            if row["uid"] not in known_uids[number]:
                 text = f"--append-captions {where}: {row['key']!r} of shard {shard} is another image there"
                 raise BadInput(f"{text} ({row['uid']}, not {uids[number]}); give captions of the exported images")
             for caption in row["captions"] or ():
