@@ -168,8 +168,7 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
         before = [SOURCE_UID] if SOURCE_UID in listed.schema_arrow.names else []  # of images encoded anew
         rows = listed.read(columns=["key", "uid", "status", *before, *origin], use_threads=False)
     rows = rows.filter(pc.equal(rows["status"], str(Status.OK)))
-    uids = rows["uid"].to_pylist()
-    known_uids = list(zip(*(rows[name].to_pylist() for name in ("uid", *before)), strict=True))
+    uids = list(zip(*(rows[name].to_pylist() for name in ("uid", *before)), strict=True))
     texts: dict[str, list[str | None]] = {column: [None] * len(uids) for column in captions.columns.values()}
     where = captions.artifact.url
     if not captions.direct and (len(origin) < len(_ORIGIN) or rows[_ORIGIN[0]].null_count):
@@ -182,15 +181,15 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
             number = keys.pop(row["key"], None)
             if number is None:
                 continue
-            if row["uid"] not in known_uids[number]:
+            if row["uid"] not in uids[number]:
                 text = f"--append-captions {where}: {row['key']!r} of shard {shard} is another image there"
-                raise BadInput(f"{text} ({row['uid']}, not {uids[number]}); give captions of the exported images")
+                raise BadInput(f"{text} ({row['uid']}, not {uids[number][-1]}); give captions of the exported images")
             for caption in row["captions"] or ():
                 if caption["status"] == Status.OK and caption["name"] in captions.columns:
                     texts[captions.columns[caption["name"]]][number] = caption["text"]
     for shard, keys in wanted.items():
         for key, number in keys.items():
-            text = f"--append-captions {where}: has no row for {key!r} of shard {shard} (uid {uids[number]})"
+            text = f"--append-captions {where}: has no row for {key!r} of shard {shard} (uid {uids[number][-1]})"
             raise BadInput(f"{text}; give captions of the exported images")
     return pa.table(texts, schema=caption_schema(texts))
 
