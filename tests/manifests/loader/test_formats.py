@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +169,7 @@ def test_captions_of_other_images_under_the_same_keys(crawl: Crawl, tmp_path: Pa
         ingest(folder / "in", out=folder / "shards", accept=ACCEPTED, shard_size=4)
         write_captions(folder / "shards", folder / "captions")
         for shards in (crawl.ingested, crawl.exported):
-            with pytest.raises(ArtifactMismatch, match="is another image than .* it was not made of these shards"):
+            with pytest.raises(ArtifactMismatch, match=r"is another image than .* it was not made of these shards"):
                 list(capipe.open_dataset(shards, captions=folder / "captions"))
 
 
