@@ -9,9 +9,9 @@ import pyarrow as pa
 from ...errors import BadInput
 from ..expressions.parser import kind_of, parse, unknown_column
 from ..joining.companion import SELECTION
-from ..schema import BASE, CAPTION, INGEST
+from ..schema import BASE, CAPTION, INGEST, USAGE
 from .mix import CaptionSource, checked_mix
-from .rows import Query
+from .rows import Query, uids_before
 from .sources import SHARDS, Table
 
 RE, ORG, CHOSEN = "re", "org", "caption"
@@ -20,6 +20,7 @@ _LISTS = "captions"
 _BASE = {field.name for field in BASE}
 #: Columns of images that stages copy: wherever they are, they are the same.
 _FACTS = {field.name for field in INGEST} - _BASE
+_COSTS = {field.name for field in USAGE}  # of the run that made a row, not of its image
 
 
 def query(
@@ -34,7 +35,8 @@ def query(
     wanted = [*([] if expression is None else [column.name for column in expression.columns]), *shown.values()]
     places = {name: found.place(name) for name in wanted}
     types = {name: found.types[column] for name, column in shown.items()}
-    return Query(expression, places, {name: known[name] for name in weights}, shown, types), weights
+    before = next((uids_before(table.schema) for table in tables if table.name == SHARDS), [])
+    return Query(expression, places, {name: known[name] for name in weights}, shown, types, before), weights
 
 
 def caption_sources(tables: Sequence[Table]) -> dict[str, CaptionSource]:
@@ -116,6 +118,6 @@ class _Columns:
         return tables[0].name
 
     def numbers(self) -> dict[str, str]:
-        """The scores of an image: numbers of all tables but facts of the image, by name."""
+        """The scores of an image: numbers of all tables but facts of the image and what a row cost, by name."""
         names = [name for name, kind in self.types.items() if kind_of(kind) == "number"]
-        return {name: name for name in names if name not in _BASE | _FACTS}
+        return {name: name for name in names if name not in _BASE | _FACTS | _COSTS}

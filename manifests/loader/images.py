@@ -6,11 +6,13 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ...errors import BadInput
 
@@ -36,16 +38,42 @@ def decoder(decode: Decode) -> Callable[[bytes], Any] | None:
 
 
 def pil(data: bytes) -> Image.Image:
-    """A PIL image: upright by its EXIF, in RGB. Profiles and transparency are ignored, as other loaders do.
+    """A PIL image: upright by its EXIF, in RGB, of an animation the first frame. Profiles and transparency are ignored,
+    as other loaders do. HEIC and JPEG XL need the packages of capipe's extras.
 
     Raises Undecodable.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             upright = ImageOps.exif_transpose(image) if _is_turned(image) else image  # which copies in any case
             return upright.convert("RGB")
     except _ERRORS as error:
         raise Undecodable(str(error) or type(error).__name__) from None
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if not _register_plugins():
+            raise
+        return Image.open(io.BytesIO(data))
+
+
+@cache
+def _register_plugins() -> bool:
+    """Register the plugins of formats that Pillow alone does not open, once in a process; True if there are any."""
+    found = False
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found = True
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401  which registers itself
+
+        found = True
+    return found
 
 
 def _is_turned(image: Image.Image) -> bool:

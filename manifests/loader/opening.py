@@ -14,7 +14,7 @@ from .counts import count_all, save, saved
 from .dataset import ImageCaptions
 from .images import Decode, decoder
 from .order import Tail
-from .rows import RowCounts
+from .rows import RowCounts, refuse_other_images
 from .sources import opened
 from .stream import Plan, identity
 
@@ -70,6 +70,7 @@ def open_dataset(
     kept = os.fspath(counts) if counts is not None else None
     found = saved(kept, same) if kept is not None else None
     if found is None:
+        refuse_other_images(sources[0], wanted)
         found = count_all(sources, wanted)
         if kept is not None and place[0] == 0:
             save(kept, same, found)

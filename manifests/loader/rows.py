@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,11 +14,15 @@ from ..expressions.conditions import Mask
 from ..expressions.parser import Expression
 from ..files.storage import expecting, parquet_of
 from ..joining.companion import Companion
+from ..joining.packed_uids import DIGITS
+from ..schema import SOURCE_UID
 from ..status import Status
 from .mix import CaptionSource, present, texts
 from .sources import SHARDS, Source, reading
 
 _IDENTITY = ["key", "uid"]
+#: Columns of listings with what an image was before it was encoded anew: its uid, or the sha256 that begins with it.
+_BEFORE = (SOURCE_UID, "original_sha256")
 #: Statuses that say nothing against an image, only against a caption or a score of it.
 _USABLE = [Status.OK, Status.EMPTY, Status.DEGENERATE, Status.REFUSED, Status.TRUNCATED, Status.ENGINE_ERROR]
 
@@ -28,7 +32,7 @@ class Query:
     """What is read of every shard. ``places``: the sidecar of each column of ``where`` and of ``columns``.
 
     ``captions``: where those of each name of the mix are; ``columns``: those in a sample's scores by the name there,
-    with their ``types``.
+    with their ``types``. ``before``: columns of the shards' own listing that have further uids of an image.
     """
 
     where: Expression | None
@@ -36,6 +40,7 @@ class Query:
     captions: Mapping[str, CaptionSource]
     columns: Mapping[str, str]
     types: Mapping[str, pa.DataType]
+    before: Sequence[str] = ()
 
     @property
     def conditions(self) -> list[str]:
@@ -47,7 +52,11 @@ class Query:
         wanted = self.conditions if counting else [*self.conditions, *self.columns.values()]
         found = [name for name in wanted if self.places[name] == sidecar]
         found += [source.column for source in self.captions.values() if source.sidecar == sidecar]
-        return list(dict.fromkeys([*_IDENTITY, "status", *found]))
+        return list(dict.fromkeys([*self.identity(sidecar), "status", *found]))
+
+    def identity(self, sidecar: str) -> list[str]:
+        """Columns of a sidecar that say which images its rows are of."""
+        return [*_IDENTITY, *(self.before if sidecar == SHARDS else ())]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def selected_rows(source: Source, query: Query) -> tuple[pa.Table, RowCounts]:
     """
     tables = {sidecar.name: _read(sidecar, query.needed(sidecar.name, False)) for sidecar in source.sidecars}
     captions, mask, counts = _selected(source, query, tables)
-    first = tables[source.sidecars[0].name]
+    first = tables[source.listing.name]
     columns = {name: first.column(name) for name in _IDENTITY}
     columns |= {caption_column(name): texts for name, texts in captions.items()}
     columns |= {score_column(name): tables[query.places[column]][column] for name, column in query.columns.items()}
@@ -112,12 +121,12 @@ def _selected(
     source: Source, query: Query, tables: Mapping[str, pa.Table]
 ) -> tuple[dict[str, pa.Array], Mask, RowCounts]:
     """Captions by name, the mask of the selected rows, and the counts."""
-    first = source.sidecars[0]
+    first = source.listing
     size = len(tables[first.name])
     usable = np.ones(size, dtype=bool)
     for sidecar in source.sidecars:
         table = tables[sidecar.name]
-        _refuse_other_rows(first, tables[first.name], sidecar, table)
+        _refuse_other_rows(first, tables[first.name], sidecar, table, query.before)
         wanted = [Status.OK] if sidecar.name == SHARDS else _USABLE
         usable &= _mask(pc.is_in(table.column("status"), value_set=pa.array([str(each) for each in wanted])))
     usable &= _mask(tables[first.name].column("uid").is_valid())
@@ -148,14 +157,50 @@ def _read(sidecar: Companion, columns: list[str]) -> pa.Table:
         return sidecar.table(parquet, columns)
 
 
-def _refuse_other_rows(first: Companion, ours: pa.Table, other: Companion, theirs: pa.Table) -> None:
-    """Raise ArtifactMismatch unless two sidecars are of the same images, by key and uid."""
-    if len(ours) == len(theirs) and all(ours.column(name).equals(theirs.column(name)) for name in _IDENTITY):
-        return
+def uids_before(listing: pa.Schema) -> list[str]:
+    """Columns of the shards' listing in which images that were encoded anew have their earlier uids."""
+    return [name for name in _BEFORE if name in listing.names]
+
+
+def refuse_other_images(source: Source, query: Query) -> None:
+    """Raise ArtifactMismatch unless all sidecars of a shard are of the same images; no checksum is compared."""
+    tables = {}
+    for sidecar in source.sidecars:
+        with reading(sidecar), sidecar.open() as parquet:
+            tables[sidecar.name] = sidecar.table(parquet, query.identity(sidecar.name))
+    first = source.listing
+    for sidecar in source.sidecars:
+        _refuse_other_rows(first, tables[first.name], sidecar, tables[sidecar.name], query.before)
+
+
+def _refuse_other_rows(
+    first: Companion, ours: pa.Table, other: Companion, theirs: pa.Table, before: Sequence[str]
+) -> None:
+    """Raise ArtifactMismatch unless two sidecars are of the same images, by key and uid.
+
+    ``before``: columns of ``ours`` with further uids of an image: what was made of it before it was encoded anew is of
+    the same picture.
+    """
     where = f"{len(theirs):,} rows, and {len(ours):,} there"
-    for number, (a, b) in enumerate(zip(*(t.select(_IDENTITY).to_pylist() for t in (ours, theirs)), strict=False)):
-        if a != b:
-            where = f"row {number}, {b['key']!r}, is another image than {a['key']!r} there"
-            break
+    if len(ours) == len(theirs):
+        if all(ours.column(name).equals(theirs.column(name)) for name in _IDENTITY):
+            return
+        same = _is_same(ours.column("key"), theirs.column("key"))
+        uid = theirs.column("uid")
+        known = _is_same(ours.column("uid"), uid)
+        for name in before:
+            known |= _mask(pc.fill_null(pc.equal(pc.utf8_slice_codeunits(ours.column(name), 0, DIGITS), uid), False))
+        differs = np.flatnonzero(~(same & known))
+        if not len(differs):
+            return
+        row = int(differs[0])
+        there, here = (table.column("key")[row].as_py() for table in (theirs, ours))
+        where = f"row {row}, {there!r}, is another image than {here!r} there"
     text = f"{other.url}: its rows are not those of {first.url}, by key and uid ({where})"
-    raise ArtifactMismatch(f"{text}; give what was made of the same shards")
+    raise ArtifactMismatch(f"{text}; it was not made of these shards: give what was")
+
+
+def _is_same(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> Mask:
+    """Mask of the rows with equal values, or with none on both sides."""
+    equal = pc.fill_null(pc.equal(ours, theirs), False)
+    return _mask(pc.or_(equal, pc.and_(pc.is_null(ours), pc.is_null(theirs))))

@@ -41,6 +41,12 @@ class Source:
     sound_rows: int | None = None
     index: Allowed | None = None
 
+    @property
+    def listing(self) -> Companion:
+        """The sidecar that says which images there are: of capipe's tars and of an index their own, which has the uids
+        of the bytes in the tar; of other tars the first one."""
+        return next((sidecar for sidecar in self.sidecars if sidecar.name == SHARDS), self.sidecars[0])
+
     def open(self) -> BinaryIO:
         """The tar. Raises DamagedShard if it cannot be opened, ArtifactMismatch if an index may not name it."""
         try:
@@ -100,10 +106,12 @@ def _opened(option: str, url: str) -> Artifact:
 
 
 def _of_tars(pattern: str, artifact: Artifact | None, named: Mapping[str, Artifact]) -> list[Source]:
-    shards = join(expand(pattern, artifact), named)
+    shards = expand(pattern, artifact)
     other = next((shard for shard in shards if (shard.record is None) != (shards[0].record is None)), None)
     if other is not None:
         raise BadInput(f"{other.url} and {shards[0].url}: one is capipe's and one another tool's; ingest the latter")
+    # What is beside capipe's tars is compared with their listing, which knows images that were encoded anew (rows.py).
+    shards = join(shards, named) if shards[0].record is None else with_companions(shards, named)
     unsound = _unsound(named)
     return [_of_tar(shard, shard.name not in unsound) for shard in shards]
 

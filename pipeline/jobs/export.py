@@ -152,7 +152,7 @@ def plan_export(
         todo = _todo(artifact, source, tasks, withdrawal.touched)
         appending = Appending()
         if format == LANCE:
-            appending = settle(artifact, sets, listing_schema(source, shards[0]), writes=bool(todo))
+            appending = settle(artifact, sets, listing_schema(source, shards[0], config), writes=bool(todo))
         if todo or appending.todo(artifact):
             last_files.outdate(artifact)
     except CapipeError:

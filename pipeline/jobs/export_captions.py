@@ -28,6 +28,8 @@ from ...stages.export.lance.captions import (
 )
 from ...stages.export.lance.schema import FORMAT
 from ...stages.export.source import committed_listing
+from ...stages.export.transcode import schema_of
+from ...stages.export.write import ExportConfig
 from ..runners.messages import Event, ShardFailed
 from ..runners.placement import TaskPlacement
 from ..runners.pool_job import local_paths, run_pool_job
@@ -105,10 +107,10 @@ def _refuse_complete(artifact: Artifact, other: CaptionSet) -> None:
         raise BadInput(f"{text}; name these otherwise: --append-captions NAME={other.artifact.url}")
 
 
-def listing_schema(source: Artifact, record: ShardRecord) -> pa.Schema:
+def listing_schema(source: Artifact, record: ShardRecord, config: ExportConfig) -> pa.Schema:
     """Columns of the listings of an export of ``source``."""
     with committed_listing(source, record) as listed:
-        return listed.schema_arrow
+        return listed.schema_arrow if config.transcode is None else schema_of(listed.schema_arrow)
 
 
 def execute_appending(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, SELECT
@@ -184,6 +185,25 @@ def write_captions(
 def text_of(name: str, key: str, seed: int = 0) -> str:
     """The caption that :func:`captions_of` writes."""
     return f"{name} of {key}" + (f" by seed {seed}" if seed else "")
+
+
+def croissant_of(cache: Path, patch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+    """Opens the metadata in a folder by MLCommons' library, which unpacks tars below ``cache`` for the test.
+
+    It finds what it unpacked by the tar's name alone, which all exports share: each of them has a cache of its own.
+    """
+    import mlcroissant
+    from mlcroissant._src.core import constants
+    from mlcroissant._src.operation_graph.operations import extract
+
+    def opened(folder: Path) -> Any:
+        for name in ("CROISSANT_CACHE", "DOWNLOAD_PATH", "EXTRACT_PATH"):
+            place = type(constants.DOWNLOAD_PATH)(cache / folder.name / name)
+            patch.setattr(constants, name, place)
+            patch.setattr(extract, name, place, raising=False)
+        return mlcroissant.Dataset(str(folder / "croissant.json"))
+
+    return opened
 
 
 def table_of(folder: Path, version: int | None = None) -> pa.Table:

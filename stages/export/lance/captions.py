@@ -19,6 +19,7 @@ from ....manifests.artifact import Artifact
 from ....manifests.file_transaction import FileTransaction
 from ....manifests.files import bounded_json
 from ....manifests.manifest import REPLACES, ShardRecord, made_of
+from ....manifests.schema import SOURCE_UID
 from ....manifests.status import Status
 from ..provenance import public
 from ..source import committed_listing, listing
@@ -160,13 +161,14 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
     """Captions of a shard's ok rows, in their order; null where the captioner gave none.
 
     ``artifact``: whose shard it is; ``shards``: those of the source that it was made of. Raises BadInput for a row that
-    the captions do not know, or know with another image.
+    the captions do not know, or know with another image: by its uid, and of one encoded anew by that in its source.
     """
     with committed_listing(artifact, record) as listed:
         origin = [name for name in _ORIGIN if name in listed.schema_arrow.names]
-        rows = listed.read(columns=["key", "uid", "status", *origin], use_threads=False)
+        before = [SOURCE_UID] if SOURCE_UID in listed.schema_arrow.names else []  # of images encoded anew
+        rows = listed.read(columns=["key", "uid", "status", *before, *origin], use_threads=False)
     rows = rows.filter(pc.equal(rows["status"], str(Status.OK)))
-    uids = rows["uid"].to_pylist()
+    uids = list(zip(*(rows[name].to_pylist() for name in ("uid", *before)), strict=True))
     texts: dict[str, list[str | None]] = {column: [None] * len(uids) for column in captions.columns.values()}
     where = captions.artifact.url
     if not captions.direct and (len(origin) < len(_ORIGIN) or rows[_ORIGIN[0]].null_count):
@@ -179,15 +181,15 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
             number = keys.pop(row["key"], None)
             if number is None:
                 continue
-            if row["uid"] != uids[number]:
+            if row["uid"] not in uids[number]:
                 text = f"--append-captions {where}: {row['key']!r} of shard {shard} is another image there"
-                raise BadInput(f"{text} ({row['uid']}, not {uids[number]}); give captions of the exported images")
+                raise BadInput(f"{text} ({row['uid']}, not {uids[number][-1]}); give captions of the exported images")
             for caption in row["captions"] or ():
                 if caption["status"] == Status.OK and caption["name"] in captions.columns:
                     texts[captions.columns[caption["name"]]][number] = caption["text"]
     for shard, keys in wanted.items():
         for key, number in keys.items():
-            text = f"--append-captions {where}: has no row for {key!r} of shard {shard} (uid {uids[number]})"
+            text = f"--append-captions {where}: has no row for {key!r} of shard {shard} (uid {uids[number][-1]})"
             raise BadInput(f"{text}; give captions of the exported images")
     return pa.table(texts, schema=caption_schema(texts))
 

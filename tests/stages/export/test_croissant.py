@@ -16,7 +16,7 @@ from capipe.stages.export import croissant
 from capipe.stages.export.card import CardWords, citation
 from capipe.stages.export.formats import FORMATS
 
-from ..exporting import captioned, export, final_shards, kept, rows_of
+from ..exporting import captioned, croissant_of, export, final_shards, kept, rows_of
 
 WORDS = CardWords("Scenes {of} all\nkinds", "cc-by-4.0", ("en",), ("Ada Example", "Bob"), "2026-11-30")
 
@@ -33,13 +33,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Opens the metadata in a folder by MLCommons' library, whose copies of tars go elsewhere."""
-    import mlcroissant
-    from mlcroissant._src.core import constants
-
-    for name in ("CROISSANT_CACHE", "DOWNLOAD_PATH", "EXTRACT_PATH"):
-        monkeypatch.setattr(constants, name, type(constants.DOWNLOAD_PATH)(tmp_path / name))
-    return lambda folder: mlcroissant.Dataset(str(folder / "croissant.json"))
+    return croissant_of(tmp_path / "croissant", monkeypatch)
 
 
 def text(value: Any) -> Any:
