@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ....errors import BadInput
@@ -73,8 +73,8 @@ def split_vision(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     for name, part in parts.items():
-        save_file(part, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors makes files readable by their owner only
+        content = save(part, metadata={"format": "pt"})  # save_file would make it readable by its owner only
+        (folder / name).write_bytes(content)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {weight: name for name, part in parts.items() for weight in sorted(part)},
