@@ -121,14 +121,27 @@ def _libraries() -> Iterator[Check]:
 
 
 def _models() -> Iterator[Check]:
-    from ...models.bundled import resolve
+    from ...models.bundled import NAMES, folder_of
 
-    folder = Path(resolve("tiny/captioner"))
-    weights = folder / "model.safetensors"
-    if weights.is_file():
-        yield Check("tiny/captioner", f"{weights.stat().st_size / 1e6:.1f} MB")
-    else:
-        yield Check("tiny/captioner", "absent", "python -m capipe.models.tiny.train.build captioner --minutes 58")
+    sizes = {name: _weight_bytes(folder_of(name)) for name in NAMES}
+    captioner = sizes["captioner"]
+    if captioner is not None:
+        yield Check("tiny/captioner", f"{captioner / 1e6:.1f} MB")
+    for name in (name for name, size in sizes.items() if size is None):
+        fix = (
+            f"check it out again, with symbolic links, or: python -m capipe.models.tiny.train.build {name} --minutes 60"
+        )
+        yield Check(f"tiny/{name}", "absent or incomplete", fix)
+
+
+def _weight_bytes(folder: Path) -> int | None:
+    """Bytes of a model folder's weights; None if there are none, or fewer than its index promises."""
+    from ...models.model_json import read_json
+
+    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.is_file())
+    index = folder / "model.safetensors.index.json"
+    promised = read_json(index)["metadata"]["total_size"] if index.is_file() else 1
+    return there if there >= promised else None
 
 
 def _version(package: str) -> str | None:

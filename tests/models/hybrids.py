@@ -65,6 +65,7 @@ def write_hybrid(folder: Path, moe: bool = False, seed: int = 0) -> Path:
     words = {name: written["text_config"][name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
     random_hybrid(ids, 14, moe, seed, **words).save_pretrained(folder)
     for file in captioner.iterdir():
-        if not (folder / file.name).exists():
+        weights = file.name.endswith((".safetensors", ".index.json"))
+        if not weights and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     return folder

@@ -23,6 +23,7 @@ from capipe.models.scorers.blip_contrastive import load_blip
 from capipe.models.scorers.itm import load_itm
 from capipe.models.scorers.lm_scores import load_text_scorer
 from capipe.models.scorers.vgg import load_perceptual
+from capipe.models.tiny.train.bundle import load_tensors
 
 from ..small_models import blip_retrieval, diffusion, opt
 from .captioners import KINDS, write_captioner
@@ -33,12 +34,13 @@ CODE_RUN = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoConfig"
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def copied(name: str, folder: Path, change: Change = dict, file: str = "model.safetensors") -> Path:
-    """A bundled model with other weights."""
+def copied(name: str, folder: Path, change: Change = dict) -> Path:
+    """A bundled model with other weights, in one file."""
     folder.mkdir(parents=True, exist_ok=True)
     for each in folder_of(name).iterdir():
-        (folder / each.name).write_bytes(each.read_bytes())
-    rewrite(folder / file, change)
+        if not each.name.endswith((".safetensors", ".index.json")):
+            (folder / each.name).write_bytes(each.read_bytes())
+    save_file(change(load_tensors(folder_of(name))), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
+
+from capipe.models.bundled import NAMES, folder_of
+from capipe.models.tiny.train.bundle import VISION_FILE
+from capipe.pipeline.commands.doctor import _models
 
 from ..conftest import photo
 from .conftest import capipe, one_line, table
@@ -149,6 +154,18 @@ def test_doctor_finds_the_engines() -> None:
     for name in ("torch", "engine transformers", "engine vllm", "tiny/captioner", "cores"):
         assert name in output
     assert "MISSING" not in output
+
+
+def test_doctor_names_bundled_models_that_lack_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkout without symbolic links has them: the path as text instead of the file."""
+    for name in {*NAMES} - {"teacher", "clip"}:
+        (tmp_path / name).symlink_to(folder_of(name))
+    shutil.copytree(folder_of("teacher"), tmp_path / "teacher")
+    (tmp_path / "teacher" / VISION_FILE).write_text(f"../captioner/{VISION_FILE}")
+    monkeypatch.setattr("capipe.models.bundled.folder_of", lambda name: tmp_path / name)
+    found = {check.name: check for check in _models()}
+    assert found["tiny/captioner"].found == "6.1 MB" and found.keys() == {"tiny/captioner", "tiny/teacher", "tiny/clip"}
+    assert "symbolic links" in str(found["tiny/teacher"].mend)
 
 
 def wds_names(folder: Path) -> list[str]:

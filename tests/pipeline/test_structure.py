@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -14,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("errors", "terminal", "manifests", "models", "stages", "trainer", "pipeline")  # each imports those before it
 MOST_LINES, MOST_FILES = 399, 20
+MOST_BYTES = 54 << 20  # of all files that git tracks
 
 Module = tuple[str, ...]  # ("models", "images", "decode"); a package stands for its __init__
 
@@ -145,3 +149,32 @@ def test_each_check_can_fail(tmp_path: Path, files: dict[str, str], check: objec
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert callable(check) and len(check(tmp_path)) == 1
+
+
+def tracked_bytes(root: Path) -> int:
+    """Bytes of the files that git tracks, as they lie in the checkout; a link counts its own few."""
+    command = ["git", "-c", f"safe.directory={root}", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, check=True, timeout=60).stdout.split(b"\0")
+    paths = [os.fsencode(root) + b"/" + name for name in listed if name]
+    return sum(os.lstat(path).st_size for path in paths if os.path.lexists(path))
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+
+
+@needs_git
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_the_repository_stays_small() -> None:
+    """Weights above all: see `models/tiny/train/bundle.py` for those that several models have."""
+    size = tracked_bytes(ROOT)
+    assert 1 << 20 < size < MOST_BYTES, f"git tracks {size / 2**20:.2f} MiB"
+
+
+@needs_git
+def test_tracked_bytes_are_counted(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True, timeout=60)
+    (tmp_path / "weights").write_bytes(b"0" * 1000)
+    (tmp_path / "link").symlink_to("weights")
+    subprocess.run(["git", "add", "--all"], cwd=tmp_path, check=True, timeout=60)
+    (tmp_path / "untracked").write_bytes(b"0" * 1000)
+    assert tracked_bytes(tmp_path) == 1000 + len("weights")

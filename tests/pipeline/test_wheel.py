@@ -38,6 +38,15 @@ def test_every_file_of_the_package_is_installed(build: tuple[Path, str]) -> None
     assert installed == product()
 
 
+def test_what_is_a_link_here_is_a_file_there(build: tuple[Path, str]) -> None:
+    """A wheel knows no links; bundled models that share a vision encoder link to it."""
+    lib, _ = build
+    links = [path for path in product() if (ROOT / path).is_symlink()]
+    assert links and all(path.suffix == ".safetensors" for path in links)
+    for path in links:
+        assert not (lib / path).is_symlink() and (lib / path).read_bytes() == (ROOT / path).read_bytes()
+
+
 def test_setting_up_warns_of_nothing_that_a_user_could_not_change(build: tuple[Path, str]) -> None:
     """setuptools takes folders of data for forgotten packages where ``include-package-data`` is on."""
     assert "would be ignored" not in build[1] and "configuration" not in build[1]

@@ -1,7 +1,8 @@
 """Train a bundled model from scratch: ``python -m capipe.models.tiny.train.build captioner --seed 0 --minutes 50``.
 
-Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model's folder is exported every few minutes,
-so that a long run is usable before its end.
+Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model is exported beside them every few
+minutes, so that a long run is usable before its end, which bundles it (``bundle.py``). With ``--out`` it is exported to
+that folder and not bundled.
 
 A quiz model (reader or teacher) that is to learn something new goes on from weights that are there:
 ``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
@@ -22,6 +23,7 @@ from ...scorers.loading import ScorerConfig, load_scorer
 from ..world.corpus import samples
 from ..world.grade import total
 from ..world.prompts import DENSE
+from . import bundle
 from .architectures import build_processor
 from .dual_encoder import PATCHES
 from .eval.captioner import caption, graded_captions
@@ -147,7 +149,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="train for so long; learning rates follow the clock")
     length.add_argument("--steps", type=int, help="train so many steps")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: the bundled one)")
+    parser.add_argument("--out", type=Path, help="the folder to write; the model is not bundled then")
     parser.add_argument("--checkpoints", type=Path, default=Path(".checkpoints"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
@@ -159,6 +161,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.start is not None and given.model not in GRADUATES:
         parser.error(f"--from is for {', '.join(GRADUATES)}: {given.model} is trained from scratch only")
+    if given.out is not None and given.out.resolve() == folder_of(given.model):
+        parser.error("--out: the bundled folder is written at the end, without --out")
     return given
 
 
@@ -167,8 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     length = {"steps": options.steps} if options.steps is not None else {"minutes": options.minutes}
     start = None if options.start is None else resolve(options.start)
     trainer = training_of(options.model, options.seed, length, start)
-    out = options.out or folder_of(options.model)
-    build(trainer, options.model, out, options.checkpoints / f"tiny-{options.model}-{options.seed}.pt", options.resume)
+    kept = options.checkpoints / f"tiny-{options.model}-{options.seed}"
+    out = options.out or kept
+    build(trainer, options.model, out, kept.with_name(f"{kept.name}.pt"), options.resume)
+    if options.out is None:
+        bundle.bundle(out, options.model, bundle.ROOT)
+        say(bundle.report(options.model, bundle.ROOT))
     return 0
 
 

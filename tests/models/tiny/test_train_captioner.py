@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from capipe.models.tiny.train import build
+from capipe.models.tiny.train import build, bundle
 from capipe.models.tiny.train.architectures import GRID_THW, IMAGE_TOKENS, build_processor
 from capipe.models.tiny.train.batches import PROMPTS, batches, most_things, picture
 from capipe.models.tiny.train.optim import orthogonal
@@ -145,5 +145,10 @@ def test_build_exports_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= {
         file.name for file in out.iterdir()
     }
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)  # without --out, the end bundles it
+    assert build.main([*arguments[:5], "--resume", "--checkpoints", str(tmp_path)]) == 0
+    bundled, exported = (bundle.load_tensors(folder) for folder in (tmp_path / "captioner", out))
+    assert (tmp_path / "captioner" / bundle.INDEX).is_file() and bundled.keys() == exported.keys()
+    assert all(torch.equal(bundled[name], exported[name]) for name in exported)
     with pytest.raises(ValueError, match="seed 1"):
         Trainer(replace(PLAN, seed=2), build_tokenizer(1)).load(tmp_path / "tiny-captioner-1.pt")
