@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from ...bundled import resolve
 from ...pretrained import load_weights
@@ -168,5 +168,5 @@ def enrol(name: str, schedule: Schedule, start: str | None = None) -> QuizTraine
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a bundled model's folder, as it was saved."""
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
