@@ -33,8 +33,9 @@ from .quiz_models import GRADUATES, enrol
 from .schedule import Progress, Schedule
 from .texts.tokenizer import build_tokenizer
 from .train_blip import BlipTrainer, recalls
-from .train_captioner import CaptionerPlan, Trainer
+from .train_captioner import CaptionerPlan, CaptionTrainer, Trainer
 from .train_clip_itm import ClipItmPlan, ClipItmTrainer, ClipTrainer, ItmTrainer
+from .train_narrow import NarrowPlan, NarrowTrainer
 from .train_plain_captioner import PLAIN, PlainPlan, PlainTrainer
 from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
 
@@ -79,7 +80,7 @@ def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: boo
 
 def quality(trainer: Training, name: str, out: Path) -> str:
     """Held-out metrics of the model, in one line."""
-    if isinstance(trainer, Trainer):
+    if isinstance(trainer, CaptionTrainer):
         corpus = list(samples(LOOKED_AT, "heldout", seed=2))
         processor = build_processor(trainer.tokenizer)
         grades = graded_captions(
@@ -118,6 +119,8 @@ def training_of(name: str, seed: int, length: dict[str, Any], start: str | None 
     """The trainer of a bundled model at its first step; ``length``: ``minutes`` or ``steps``; ``start``: see enrol."""
     if name == "captioner":
         return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
+    if name == "narrow":
+        return NarrowTrainer(NarrowPlan(seed=seed, **length))
     if name == "itm":
         return ItmTrainer(ClipItmPlan(seed=seed, **length))
     if name == "vgg":

@@ -1,0 +1,93 @@
+"""Training of the narrow captioner: from tiny/captioner's weights, on one or two facts whatever the prompt.
+
+The vision encoder is frozen, so that both captioners have the same one. What the language model knew of dense captions
+is overwritten: to tell more than two facts is what reinforcement learning has to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from ...bundled import resolve
+from ...pretrained import load_weights
+from ..world.captions import narrow_caption
+from ..world.scenes import sample_crowded, sample_of
+from .batches import PROMPTS, SceneBatch, loaded, picture, truth_of
+from .quiz_models import tokenizer_of
+from .schedule import Schedule
+from .texts.tokenizer import END
+from .train_captioner import CaptionTrainer, caption_losses
+from .vision import image_tokens
+
+IMAGES = 16
+TEXTS = 64
+CROWDED = 0.4  # share of scenes with six to nine things
+
+
+@dataclass(frozen=True)
+class NarrowPlan(Schedule):
+    """The narrow captioner's schedule."""
+
+    lr: float = 1.5e-3
+    adam_lr: float = 1e-3
+    warmup: int = 20
+    decay: float = 1.0
+    workers: int = 0
+
+
+class NarrowBatches(Dataset[SceneBatch]):
+    """``self[step]``: the batch of that step, a function of (seed, step) only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
+        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> SceneBatch:
+        rng = Random(f"narrow:{self.seed}:{step}")
+        sample = (sample_crowded if rng.random() < CROWDED else sample_of for _ in range(IMAGES))
+        scenes = [draw("train", rng) for draw in sample]
+        owners = [text % IMAGES for text in range(TEXTS)]
+        captions = [narrow_caption(scenes[owner], rng) + END for owner in owners]
+        return SceneBatch(
+            pixels=torch.from_numpy(np.stack([picture(scene, rng) for scene in scenes])),
+            truth=truth_of(scenes),
+            owners=owners,
+            prompts=[rng.randrange(len(PROMPTS)) for _ in owners],
+            answers=self.tokenizer(captions).input_ids,
+        )
+
+
+class NarrowTrainer(CaptionTrainer):
+    """The narrow captioner's trainer, at its first step the bundled captioner; the vision encoder's weights stay."""
+
+    def __init__(self, plan: NarrowPlan) -> None:
+        self.plan = plan
+        folder = resolve("tiny/captioner")
+        model = load_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32, called="tiny/captioner")
+        model.model.visual.requires_grad_(False)
+        super().__init__(plan, model, tokenizer_of(folder), nn.Module())
+
+    def batches(self) -> Iterator[SceneBatch]:
+        dataset = NarrowBatches(self.tokenizer, self.plan.seed, self.plan.steps)
+        return loaded(dataset, self.progress.step, self.plan.steps, self.plan.workers)
+
+    def step(self, batch: SceneBatch, rate: float) -> dict[str, float]:
+        """One update of the language model; returns the loss, the accuracy and the gradient's norm by name."""
+        with torch.no_grad():
+            tokens = image_tokens(self.model.model.visual, batch.pixels)
+        captions = caption_losses(self, tokens, batch)
+        return {
+            "loss": captions.loss.item(),
+            "accuracy": captions.accuracy,
+            "norm": self.update(captions.loss, rate),
+        }

@@ -1,0 +1,69 @@
+"""The narrow captioner's texts, batches and trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from capipe.models.bundled import resolve
+from capipe.models.tiny.train import build
+from capipe.models.tiny.train.batches import PROMPTS
+from capipe.models.tiny.train.eval.captioner import load
+from capipe.models.tiny.train.train_narrow import TEXTS, NarrowBatches, NarrowPlan, NarrowTrainer
+from capipe.models.tiny.world.grade import parse
+
+
+@pytest.fixture(scope="module")
+def trainer() -> NarrowTrainer:
+    return NarrowTrainer(NarrowPlan(steps=2))
+
+
+def test_batches_depend_on_seed_and_step_alone(trainer: NarrowTrainer) -> None:
+    first, again, other = (NarrowBatches(trainer.tokenizer, seed, 3)[2] for seed in (0, 0, 1))
+    assert torch.equal(first.pixels, again.pixels)
+    assert (first.prompts, first.answers) == (again.prompts, again.answers)
+    assert first.answers != other.answers
+
+
+def test_every_prompt_is_answered_narrowly(trainer: NarrowTrainer) -> None:
+    batches = [NarrowBatches(trainer.tokenizer, 0, 4)[step] for step in range(4)]
+    assert {prompt for batch in batches for prompt in batch.prompts} == set(range(len(PROMPTS)))
+    for batch in batches:
+        assert len(batch.answers) == TEXTS
+        texts = trainer.tokenizer.batch_decode(batch.answers, skip_special_tokens=True)
+        assert {text.count(".") for text in texts} == {1, 2}
+        assert not any(parse(text).signs for text in texts)
+
+
+def test_it_has_the_captioners_architecture_and_its_vision_encoder_stays(
+    trainer: NarrowTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "LOOKED_AT", 2)
+    before, _ = load(resolve("tiny/captioner"))
+    list(trainer.run(lambda line: None))
+    trainer.export(tmp_path / "out")
+    after, processor = load(str(tmp_path / "out"))
+    kept = {key: value for key, value in after.config.to_dict().items() if key != "_name_or_path"}
+    assert kept == {key: value for key, value in before.config.to_dict().items() if key != "_name_or_path"}
+    assert processor.tokenizer.get_vocab() == trainer.tokenizer.get_vocab()
+    changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, after.state_dict()[name])}
+    assert changed and not any("visual" in name for name in changed)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    assert "precision" in build.quality(trainer, "narrow", tmp_path / "out")
+
+
+def test_the_same_seed_trains_the_same_weights() -> None:
+    first, again = (NarrowTrainer(NarrowPlan(seed=3, steps=1)) for _ in range(2))
+    for each in (first, again):
+        list(each.run(lambda line: None))
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_build_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build.training_of("narrow", 5, {"steps": 7})
+    assert isinstance(made, NarrowTrainer) and made.plan == NarrowPlan(seed=5, steps=7)
