@@ -3,8 +3,8 @@
 Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model's folder is exported every few minutes,
 so that a long run is usable before its end.
 
-A quiz model (reader or teacher) that is to learn something new goes on from weights that are there:
-``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
+A quiz model (reader or teacher) that is to learn something new, and the narrow captioner, go on from weights that are
+there: ``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def training_of(name: str, seed: int, length: dict[str, Any], start: str | None 
     if name == "captioner":
         return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
     if name == "narrow":
-        return NarrowTrainer(NarrowPlan(seed=seed, **length))
+        return NarrowTrainer(NarrowPlan(seed=seed, **length), start)
     if name == "itm":
         return ItmTrainer(ClipItmPlan(seed=seed, **length))
     if name == "vgg":
@@ -157,11 +157,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from",
         dest="start",
         metavar="MODEL",
-        help="start from these weights (tiny/teacher, or a folder): quiz models only",
+        help="start from these weights (tiny/teacher, or a folder): quiz models and narrow only",
     )
     given = parser.parse_args(arguments)
-    if given.start is not None and given.model not in GRADUATES:
-        parser.error(f"--from is for {', '.join(GRADUATES)}: {given.model} is trained from scratch only")
+    going_on = (*GRADUATES, "narrow")
+    if given.start is not None and given.model not in going_on:
+        parser.error(f"--from is for {', '.join(going_on)}: {given.model} is trained from scratch only")
     return given
 
 

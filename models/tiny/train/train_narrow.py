@@ -1,7 +1,8 @@
 """Training of the narrow captioner: from tiny/captioner's weights, on one or two facts whatever the prompt.
 
 The vision encoder is frozen, so that both captioners have the same one. What the language model knew of dense captions
-is overwritten: to tell more than two facts is what reinforcement learning has to find out.
+is overwritten: to tell more than two facts is what reinforcement learning has to find out. It can find only what is
+sampled now and then, so the decision to end has a smoothed label (Szegedy et al., arXiv 1512.00567).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from random import Random
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
@@ -20,16 +22,18 @@ from ...bundled import resolve
 from ...pretrained import load_weights
 from ..world.captions import narrow_caption
 from ..world.scenes import sample_crowded, sample_of
+from .architectures import build_config
 from .batches import PROMPTS, SceneBatch, loaded, picture, truth_of
 from .quiz_models import tokenizer_of
 from .schedule import Schedule
 from .texts.tokenizer import END
-from .train_captioner import CaptionTrainer, caption_losses
+from .train_captioner import CaptionTrainer, answer_logits
 from .vision import image_tokens
 
 IMAGES = 16
 TEXTS = 64
 CROWDED = 0.4  # share of scenes with six to nine things
+GOES_ON = 0.02  # probability of a third fact after two, by a smoothed label: no caption has one
 
 
 @dataclass(frozen=True)
@@ -68,26 +72,42 @@ class NarrowBatches(Dataset[SceneBatch]):
 
 
 class NarrowTrainer(CaptionTrainer):
-    """The narrow captioner's trainer, at its first step the bundled captioner; the vision encoder's weights stay."""
+    """The narrow captioner's trainer, at its first step the bundled captioner (or ``start``); the vision encoder's weights stay."""
 
-    def __init__(self, plan: NarrowPlan) -> None:
+    def __init__(self, plan: NarrowPlan, start: str | None = None) -> None:
+        """``start``: the folder of a captioner to start from instead, for instance of a narrow one to go on with."""
         self.plan = plan
-        folder = resolve("tiny/captioner")
-        model = load_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32, called="tiny/captioner")
+        folder = start or resolve("tiny/captioner")
+        tokenizer = tokenizer_of(folder)
+        known = load_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32, called=folder)
+        model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
+        model.load_state_dict(known.state_dict())
         model.model.visual.requires_grad_(False)
-        super().__init__(plan, model, tokenizer_of(folder), nn.Module())
+        super().__init__(plan, model, tokenizer, nn.Module())
+        self.end = self.tokenizer.convert_tokens_to_ids(END)
 
     def batches(self) -> Iterator[SceneBatch]:
         dataset = NarrowBatches(self.tokenizer, self.plan.seed, self.plan.steps)
         return loaded(dataset, self.progress.step, self.plan.steps, self.plan.workers)
 
     def step(self, batch: SceneBatch, rate: float) -> dict[str, float]:
-        """One update of the language model; returns the loss, the accuracy and the gradient's norm by name."""
+        """One update of the language model; returns loss, accuracy and the gradient's norm by name."""
         with torch.no_grad():
             tokens = image_tokens(self.model.model.visual, batch.pixels)
-        captions = caption_losses(self, tokens, batch)
-        return {
-            "loss": captions.loss.item(),
-            "accuracy": captions.accuracy,
-            "norm": self.update(captions.loss, rate),
-        }
+        logits, targets = answer_logits(self, tokens, batch, list(range(len(batch.answers))))
+        loss = smoothed_losses(logits, targets, self.end).mean()
+        accuracy = (logits.argmax(-1) == targets).float().mean().item()
+        return {"loss": loss.item(), "accuracy": accuracy, "norm": self.update(loss, rate)}
+
+
+def smoothed_losses(logits: Tensor, targets: Tensor, end: int, smoothing: float = GOES_ON) -> Tensor:
+    """(tokens, vocabulary) logits and (tokens,) targets -> (tokens,) losses in nats.
+
+    The cross entropy; where the target is ``end``, that of ending or not, with the label ``1 - smoothing``. Which token
+    follows instead is left to the model.
+    """
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    others = torch.ones(logits.shape[-1], dtype=torch.bool)
+    others[end] = False
+    going_on = logits.logsumexp(-1) - logits[:, others].logsumexp(-1)
+    return torch.where(targets == end, (1 - smoothing) * losses + smoothing * going_on, losses)

@@ -12,7 +12,13 @@ from capipe.models.bundled import resolve
 from capipe.models.tiny.train import build
 from capipe.models.tiny.train.batches import PROMPTS
 from capipe.models.tiny.train.eval.captioner import load
-from capipe.models.tiny.train.train_narrow import TEXTS, NarrowBatches, NarrowPlan, NarrowTrainer
+from capipe.models.tiny.train.train_narrow import (
+    TEXTS,
+    NarrowBatches,
+    NarrowPlan,
+    NarrowTrainer,
+    smoothed_losses,
+)
 from capipe.models.tiny.world.grade import parse
 
 
@@ -46,14 +52,39 @@ def test_it_has_the_captioners_architecture_and_its_vision_encoder_stays(
     list(trainer.run(lambda line: None))
     trainer.export(tmp_path / "out")
     after, processor = load(str(tmp_path / "out"))
-    kept = {key: value for key, value in after.config.to_dict().items() if key != "_name_or_path"}
-    assert kept == {key: value for key, value in before.config.to_dict().items() if key != "_name_or_path"}
+    written, own = (Path(folder) / "config.json" for folder in (tmp_path / "out", resolve("tiny/captioner")))
+    assert written.read_text() == own.read_text()
     assert processor.tokenizer.get_vocab() == trainer.tokenizer.get_vocab()
     changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, after.state_dict()[name])}
     assert changed and not any("visual" in name for name in changed)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
     assert "precision" in build.quality(trainer, "narrow", tmp_path / "out")
+
+
+def test_to_end_is_never_certain_and_other_tokens_are_learnt_as_ever() -> None:
+    end, targets = 2, torch.tensor([2, 1])
+    logits = torch.zeros(2, 5, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        smoothed_losses(logits, targets, end, smoothing=0.1).sum().backward()
+        optimizer.step()
+    ends, others = logits.detach().softmax(-1)
+    assert ends[end].item() == pytest.approx(0.9, abs=1e-3)
+    assert others[1] > 0.99
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(smoothed_losses(logits, targets, end, smoothing=0.0), plain)
+
+
+def test_it_goes_on_from_given_weights(tmp_path: Path) -> None:
+    first = NarrowTrainer(NarrowPlan(steps=1))
+    list(first.run(lambda line: None))
+    first.export(tmp_path / "first")
+    second = build.training_of("narrow", 1, {"steps": 1}, str(tmp_path / "first"))
+    assert isinstance(second, NarrowTrainer)
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), second.model.state_dict()[name]), name
 
 
 def test_the_same_seed_trains_the_same_weights() -> None:
