@@ -119,7 +119,9 @@ def caption_losses(trainer: CaptionTrainer, tokens: Tensor, batch: SceneBatch) -
     return CaptionLoss(functional.cross_entropy(guesses, truth), (guesses.argmax(-1) == truth).float().mean().item())
 
 
-def answer_logits(trainer: CaptionTrainer, tokens: Tensor, batch: SceneBatch, texts: list[int]) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    trainer: CaptionTrainer, tokens: Tensor, batch: SceneBatch, texts: list[int]
+) -> tuple[Tensor, Tensor]:
     """Logits (answer tokens, vocabulary) and the token ids they should have predicted, over ``texts`` of the batch."""
     model = trainer.model.model.language_model
     rows = [trainer.prompts[batch.prompts[text]] + batch.answers[text] for text in texts]

@@ -72,7 +72,7 @@ class NarrowBatches(Dataset[SceneBatch]):
 
 
 class NarrowTrainer(CaptionTrainer):
-    """The narrow captioner's trainer, at its first step the bundled captioner (or ``start``); the vision encoder's weights stay."""
+    """The narrow captioner's trainer: at its first step the bundled captioner, whose vision encoder's weights stay."""
 
     def __init__(self, plan: NarrowPlan, start: str | None = None) -> None:
         """``start``: the folder of a captioner to start from instead, for instance of a narrow one to go on with."""

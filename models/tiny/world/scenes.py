@@ -99,7 +99,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def sample_scene(rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE, least: int = 1) -> Scene:
-    """A random scene of ``least`` to ``most`` things, with a sign in ``sign_share`` of the cases that leave it a cell."""
+    """A random scene of ``least`` to ``most`` things; ``sign_share`` of those with an empty cell have a sign."""
     count = rng.randint(least, most)
     cells = rng.sample(range(len(PLACES)), min(count + 1, len(PLACES)))
     things = tuple(

@@ -55,7 +55,8 @@ def test_it_has_the_captioners_architecture_and_its_vision_encoder_stays(
     written, own = (Path(folder) / "config.json" for folder in (tmp_path / "out", resolve("tiny/captioner")))
     assert written.read_text() == own.read_text()
     assert processor.tokenizer.get_vocab() == trainer.tokenizer.get_vocab()
-    changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, after.state_dict()[name])}
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed and not any("visual" in name for name in changed)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
