@@ -2,12 +2,13 @@
 
 The vision encoder is frozen, so that both captioners have the same one. What the language model knew of dense captions
 is overwritten: to tell more than two facts is what reinforcement learning has to find out. It can find only what is
-sampled now and then, so the decision to end has a smoothed label (Szegedy et al., arXiv 1512.00567).
+sampled now and then, so the label of the end after two facts is smoothed (Szegedy et al., arXiv 1512.00567): a little
+of it is on the first token of another fact. With that on all tokens, what followed was no sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -33,7 +34,7 @@ from .vision import image_tokens
 IMAGES = 16
 TEXTS = 64
 CROWDED = 0.4  # share of scenes with six to nine things
-GOES_ON = 0.02  # probability of a third fact after two, by a smoothed label: no caption has one
+GOES_ON = 0.02  # label of a third fact after two; no caption has one
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class NarrowTrainer(CaptionTrainer):
         model.load_state_dict(known.state_dict())
         model.model.visual.requires_grad_(False)
         super().__init__(plan, model, tokenizer, nn.Module())
-        self.end = self.tokenizer.convert_tokens_to_ids(END)
+        self.stop: int = tokenizer.convert_tokens_to_ids(".")
 
     def batches(self) -> Iterator[SceneBatch]:
         dataset = NarrowBatches(self.tokenizer, self.plan.seed, self.plan.steps)
@@ -95,19 +96,29 @@ class NarrowTrainer(CaptionTrainer):
         with torch.no_grad():
             tokens = image_tokens(self.model.model.visual, batch.pixels)
         logits, targets = answer_logits(self, tokens, batch, list(range(len(batch.answers))))
-        loss = smoothed_losses(logits, targets, self.end).mean()
+        loss = smoothed(logits, targets, *continuations(batch.answers, self.stop)).mean()
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
         return {"loss": loss.item(), "accuracy": accuracy, "norm": self.update(loss, rate)}
 
 
-def smoothed_losses(logits: Tensor, targets: Tensor, end: int, smoothing: float = GOES_ON) -> Tensor:
-    """(tokens, vocabulary) logits and (tokens,) targets -> (tokens,) losses in nats.
-
-    The cross entropy; where the target is ``end``, that of ending or not, with the label ``1 - smoothing``. Which token
-    follows instead is left to the model.
-    """
+def smoothed(logits: Tensor, targets: Tensor, ends: Tensor, openings: Tensor) -> Tensor:
+    """Cross entropies (tokens,) of (tokens, vocabulary) logits; at ``ends``, ``GOES_ON`` of the label is on openings."""
     losses = functional.cross_entropy(logits, targets, reduction="none")
-    others = torch.ones(logits.shape[-1], dtype=torch.bool)
-    others[end] = False
-    going_on = logits.logsumexp(-1) - logits[:, others].logsumexp(-1)
-    return torch.where(targets == end, (1 - smoothing) * losses + smoothing * going_on, losses)
+    going_on = functional.cross_entropy(logits[ends], openings, reduction="none")
+    return losses.index_add(0, ends, GOES_ON * (going_on - losses[ends]))
+
+
+def continuations(answers: Sequence[Sequence[int]], stop: int) -> tuple[Tensor, Tensor]:
+    """Where captions of two facts end, as indexes into all answers' tokens, and a token that would begin another fact.
+
+    Such a token is the first one of another caption's second fact. ``stop``: the token that ends a fact's sentence;
+    another one, that of the caption's end, follows the last.
+    """
+    ends, openings, at = [], [], 0
+    for answer in answers:
+        second = answer.index(stop) + 1
+        at += len(answer)
+        if second < len(answer) - 1:
+            ends.append(at - 1)
+            openings.append(answer[second])
+    return torch.tensor(ends, dtype=torch.long), torch.tensor(openings[1:] + openings[:1], dtype=torch.long)
