@@ -102,7 +102,7 @@ class NarrowTrainer(CaptionTrainer):
 
 
 def smoothed(logits: Tensor, targets: Tensor, ends: Tensor, openings: Tensor) -> Tensor:
-    """Cross entropies (tokens,) of (tokens, vocabulary) logits; at ``ends``, ``GOES_ON`` of the label is on openings."""
+    """Cross entropies (tokens,) of (tokens, vocabulary) logits; ``GOES_ON`` of the label at ``ends`` is on openings."""
     losses = functional.cross_entropy(logits, targets, reduction="none")
     going_on = functional.cross_entropy(logits[ends], openings, reduction="none")
     return losses.index_add(0, ends, GOES_ON * (going_on - losses[ends]))
