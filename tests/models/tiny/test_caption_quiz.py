@@ -15,7 +15,7 @@ from capipe.models.tiny.train.eval.caption_quiz import (
     QuizItem,
     accuracy,
     best_of,
-    figures,
+    metrics,
     quiz_items,
     report,
 )
@@ -42,7 +42,7 @@ def test_questions_about_signs_are_counted_apart() -> None:
     item = next(item for item in quiz_items(40, 0.0) if 0 < sum(kind in SIGNS for kind in item.kinds) < QUESTIONS)
     readings = [read(item, *(kind not in SIGNS for kind in item.kinds))]
     text = "A star is in the center. The background is white. A star is there."
-    told = figures([item], [text], [7], {"reader": readings})
+    told = metrics([item], [text], [7], {"reader": readings})
     assert told.accuracy == {"reader": 1.0} and told.signs == {"reader": 0.0}
     assert {kind: told.by_kind[kind] for kind in item.kinds} == {kind: float(kind not in SIGNS) for kind in item.kinds}
     assert (told.tokens, told.sentences, told.longer) == (7.0, 3.0, 1.0)
@@ -53,9 +53,9 @@ def test_true_captions_have_no_wrong_statement_and_invented_ones_do() -> None:
     items = quiz_items(5, 1.0)
     readings = {"reader": [read(item, *[True] * QUESTIONS) for item in items]}
     captions = [dense_caption(item.sample.scene, Random(0)) for item in items]
-    assert figures(items, captions, [1] * 5, readings).wrong == 0.0
-    assert figures(items, captions, [1] * 5, readings).coverage == 1.0
-    swapped = figures(items, captions[1:] + captions[:1], [1] * 5, readings)
+    assert metrics(items, captions, [1] * 5, readings).wrong == 0.0
+    assert metrics(items, captions, [1] * 5, readings).coverage == 1.0
+    swapped = metrics(items, captions[1:] + captions[:1], [1] * 5, readings)
     assert swapped.wrong > 3 and swapped.coverage < 0.7
 
 

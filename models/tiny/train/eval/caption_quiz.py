@@ -46,7 +46,7 @@ class QuizItem:
 
 
 @dataclass(frozen=True)
-class CaptionFigures:
+class CaptionMetrics:
     """Metrics of one caption per scene.
 
     ``accuracy``: right over scored presentations by reader, all questions except those about signs; ``signs``: of
@@ -112,16 +112,16 @@ def accuracy(readings: Readings, items: Sequence[QuizItem], kinds: Sequence[str]
     return sum(reading.right for reading in chosen) / scored if scored else None
 
 
-def figures(
+def metrics(
     items: Sequence[QuizItem], captions: Sequence[str], lengths: Sequence[int], readings: dict[str, Readings]
-) -> CaptionFigures:
+) -> CaptionMetrics:
     """Metrics of one caption per item; ``lengths``: their tokens; ``readings``: by reader, the first one's by kind."""
     grades = total(graded_captions([item.sample for item in items], captions))
     sentences = [text.count(".") for text in captions]
     kinds = sorted({kind for item in items for kind in item.kinds})
     told = [kind for kind in kinds if kind not in SIGNS]
     first = next(iter(readings.values()))
-    return CaptionFigures(
+    return CaptionMetrics(
         accuracy={name: accuracy(of, items, told) or 0.0 for name, of in readings.items()},
         signs={name: accuracy(of, items, SIGNS) for name, of in readings.items()},
         by_kind={kind: accuracy(first, items, (kind,)) or 0.0 for kind in kinds},
@@ -135,7 +135,7 @@ def figures(
 
 async def evaluate(
     model: PreTrainedModel, processor: ProcessorMixin, readers: dict[str, QuizReader], items: Sequence[QuizItem]
-) -> dict[str, CaptionFigures]:
+) -> dict[str, CaptionMetrics]:
     """Metrics of greedy captions by kind of prompt, of a sample, of the best of four samples, and of true captions."""
     greedy, sampled = captions_of(model, processor, items)
     oracle = [dense_caption(item.sample.scene, Random(f"oracle:{item.sample.key}")) for item in items]
@@ -153,11 +153,11 @@ async def evaluate(
     result = {}
     for system in (*greedy, names[0], "best of 4", "oracle"):
         lengths = [len(ids) for ids in processor.tokenizer(texts[system]).input_ids]
-        result[system] = figures(items, texts[system], lengths, readings[system])
+        result[system] = metrics(items, texts[system], lengths, readings[system])
     return result
 
 
-async def report(folder: str, count: int, seed: int = SEED) -> dict[str, dict[str, CaptionFigures]]:
+async def report(folder: str, count: int, seed: int = SEED) -> dict[str, dict[str, CaptionMetrics]]:
     """Metrics by kind of scene and system of an exported captioner."""
     model, processor = load(folder)
     engines = [await load_engine(EngineConfig("transformers", name, concurrency=256)) for name in READERS]
