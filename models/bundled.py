@@ -9,7 +9,7 @@ NAMES: tuple[str, ...] = (
     "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
     "vgg", "diffusion",
 )  # fmt: skip
-UNTRAINED = ("blip",)  # can be trained; their weights are not bundled
+UNTRAINED = ("blip", "narrow")  # can be trained; their weights are not bundled
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, open_clip and diffusers
 
 

@@ -31,6 +31,9 @@ class RenderOptions:
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 400
     split: Annotated[str, typer.Option(help="Split of scenes: train or heldout; no scene is in both.")] = "train"
     seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0
+    crowded: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of scenes with six to nine shapes; others have one to five.")
+    ] = 0.0
 
 
 def check_render(options: RenderOptions) -> Split:
@@ -46,7 +49,7 @@ def render(options: RenderOptions) -> None:
     """Render images of the bundled models' world, laid out like a crawl's, as input to try everything on."""
     from ...models.tiny.world.corpus import write_corpus
 
-    write_corpus(options.out, options.images, check_render(options), options.seed)
+    write_corpus(options.out, options.images, check_render(options), options.seed, crowded=options.crowded)
     print_line(f"{options.images} pictures in {options.out}")
 
 

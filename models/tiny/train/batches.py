@@ -122,9 +122,12 @@ def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, first: int, steps: int, workers: int
 ) -> Iterator[SceneBatch]:
     """Batches ``first`` to ``steps``, prefetched by ``workers`` processes (0: in this one)."""
-    dataset = Batches(tokenizer, seed, steps)
+    return loaded(Batches(tokenizer, seed, steps), first, steps, workers)
+
+
+def loaded(dataset: Dataset[SceneBatch], first: int, steps: int, workers: int) -> Iterator[SceneBatch]:
+    """``dataset[first]`` to ``dataset[steps - 1]``, prefetched by ``workers`` processes (0: in this one)."""
     ahead = 8 if workers else None
-    loader = DataLoader(
+    yield from DataLoader(
         dataset, batch_size=None, sampler=range(first, steps), num_workers=workers, prefetch_factor=ahead
     )
-    yield from loader

@@ -4,8 +4,8 @@ Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model 
 minutes, so that a long run is usable before its end, which bundles it (``bundle.py``). With ``--out`` it is exported to
 that folder and not bundled.
 
-A quiz model (reader or teacher) that is to learn something new goes on from weights that are there:
-``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
+A quiz model (reader or teacher) that is to learn something new, and the narrow captioner, go on from weights that are
+there: ``python -m capipe.models.tiny.train.build teacher --from tiny/teacher --minutes 40``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from .quiz_models import GRADUATES, enrol
 from .schedule import Progress, Schedule
 from .texts.tokenizer import build_tokenizer
 from .train_blip import BlipTrainer, recalls
-from .train_captioner import CaptionerPlan, Trainer
+from .train_captioner import CaptionerPlan, CaptionTrainer, Trainer
 from .train_clip_itm import ClipItmPlan, ClipItmTrainer, ClipTrainer, ItmTrainer
+from .train_narrow import NarrowPlan, NarrowTrainer
 from .train_plain_captioner import PLAIN, PlainPlan, PlainTrainer
 from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
 
@@ -81,7 +82,7 @@ def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: boo
 
 def quality(trainer: Training, name: str, out: Path) -> str:
     """Held-out metrics of the model, in one line."""
-    if isinstance(trainer, Trainer):
+    if isinstance(trainer, CaptionTrainer):
         corpus = list(samples(LOOKED_AT, "heldout", seed=2))
         processor = build_processor(trainer.tokenizer)
         grades = graded_captions(
@@ -120,6 +121,8 @@ def training_of(name: str, seed: int, length: dict[str, Any], start: str | None 
     """The trainer of a bundled model at its first step; ``length``: ``minutes`` or ``steps``; ``start``: see enrol."""
     if name == "captioner":
         return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
+    if name == "narrow":
+        return NarrowTrainer(NarrowPlan(seed=seed, **length), start)
     if name == "itm":
         return ItmTrainer(ClipItmPlan(seed=seed, **length))
     if name == "vgg":
@@ -156,11 +159,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from",
         dest="start",
         metavar="MODEL",
-        help="start from these weights (tiny/teacher, or a folder): quiz models only",
+        help="start from these weights (tiny/teacher, or a folder): quiz models and narrow only",
     )
     given = parser.parse_args(arguments)
-    if given.start is not None and given.model not in GRADUATES:
-        parser.error(f"--from is for {', '.join(GRADUATES)}: {given.model} is trained from scratch only")
+    going_on = (*GRADUATES, "narrow")
+    if given.start is not None and given.model not in going_on:
+        parser.error(f"--from is for {', '.join(going_on)}: {given.model} is trained from scratch only")
     if given.out is not None and given.out.resolve() == folder_of(given.model):
         parser.error("--out: the bundled folder is written at the end, without --out")
     return given

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
@@ -36,19 +36,37 @@ class CaptionerPlan(Schedule):
     workers: int = 1
 
 
-class Trainer(TrainingLoop[SceneBatch]):
-    """A captioner in training: model, cell reader, optimizers and the prompts as the processor renders them."""
+class CaptionTrainer(TrainingLoop[SceneBatch]):
+    """A captioner in training, its tokenizer, and the prompts as the processor renders them; a base class."""
 
-    def __init__(self, plan: CaptionerPlan, tokenizer: PreTrainedTokenizerFast) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan, self.tokenizer = plan, tokenizer
-        self.model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
-        self.reader = CellReader()
-        super().__init__(plan, self.model, self.reader)
+    def __init__(
+        self,
+        plan: Schedule,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        helpers: nn.Module,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        super().__init__(plan, model, helpers)
         processor = build_processor(tokenizer)
         self.prompts = [prompt_ids(processor, prompt) for prompt in PROMPTS]
         self.image_at = self.prompts[0].index(tokenizer.convert_tokens_to_ids(VISION_START)) + 1
-        self.positions = positions(self.model, self.prompts[0])
+        self.positions = positions(model, self.prompts[0])
+
+    def export(self, folder: Path) -> None:
+        """Write the model's folder."""
+        export_folder(self.model, self.tokenizer, folder)
+
+
+class Trainer(CaptionTrainer):
+    """The captioner's trainer: the model from scratch, with a cell reader."""
+
+    def __init__(self, plan: CaptionerPlan, tokenizer: PreTrainedTokenizerFast) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan = plan
+        model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
+        self.reader = CellReader()
+        super().__init__(plan, model, tokenizer, self.reader)
 
     def batches(self) -> Iterator[SceneBatch]:
         return batches(self.tokenizer, self.plan.seed, self.progress.step, self.plan.steps, self.plan.workers)
@@ -65,10 +83,6 @@ class Trainer(TrainingLoop[SceneBatch]):
             report |= {"loss": captions.loss.item(), "accuracy": captions.accuracy}
         report["norm"] = self.update(loss, rate)
         return report
-
-    def export(self, folder: Path) -> None:
-        """Write the model's folder."""
-        export_folder(self.model, self.tokenizer, folder)
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def positions(model: Qwen2_5_VLForConditionalGeneration, prompt: list[int]) -> T
     return where
 
 
-def caption_losses(trainer: Trainer, tokens: Tensor, batch: SceneBatch) -> CaptionLoss:
+def caption_losses(trainer: CaptionTrainer, tokens: Tensor, batch: SceneBatch) -> CaptionLoss:
     """The loss of all texts, in two groups by length (padding is wasted work). ``tokens``: of the batch's images."""
     lengths = [len(trainer.prompts[p]) + len(a) for p, a in zip(batch.prompts, batch.answers, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -105,7 +119,9 @@ def caption_losses(trainer: Trainer, tokens: Tensor, batch: SceneBatch) -> Capti
     return CaptionLoss(functional.cross_entropy(guesses, truth), (guesses.argmax(-1) == truth).float().mean().item())
 
 
-def answer_logits(trainer: Trainer, tokens: Tensor, batch: SceneBatch, texts: list[int]) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    trainer: CaptionTrainer, tokens: Tensor, batch: SceneBatch, texts: list[int]
+) -> tuple[Tensor, Tensor]:
     """Logits (answer tokens, vocabulary) and the token ids they should have predicted, over ``texts`` of the batch."""
     model = trainer.model.model.language_model
     rows = [trainer.prompts[batch.prompts[text]] + batch.answers[text] for text in texts]

@@ -1,4 +1,4 @@
-"""Reference captions of a scene: short alt texts with few attributes, and dense captions with every fact.
+"""Reference captions of a scene: short alt texts with few attributes, dense captions with every fact, and narrow ones.
 
 A dense caption samples its style (synonyms, clause order) once and keeps it throughout.
 """
@@ -6,7 +6,7 @@ A dense caption samples its style (synonyms, clause order) once and keeps it thr
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,9 @@ ORDERS: tuple[tuple[Clause, ...], ...] = (
     ("background", "count", "things", "sign"),
     ("count", "background", "things", "sign"),
 )
+NARROW_PAIRS = 0.25  # share of narrow captions with two facts; the others have one
+NARROW_SIZES, NARROW_PLACES = 0.35, 0.6  # share of their things with a size, with a place
+NARROW_SCENERY = 0.5  # weight of the background, and of the count, in the choice of a fact; a thing has 1
 
 
 class Fact(NamedTuple):
@@ -90,6 +93,29 @@ def short_caption(scene: Scene, rng: Random) -> str:
         text += f" on a {scene.background} background"
     opening = rng.choices(("", "There is ", "A picture of ", "This is "), (6, 2, 2, 1))[0]
     return _sentence(opening + text)
+
+
+def narrow_caption(scene: Scene, rng: Random) -> str:
+    """One fact in a sentence, or two in two: a thing, the background, or how many things there are. Never the sign.
+
+    A thing has its colour and shape, seldom its size (:data:`NARROW_SIZES`), often its place (:data:`NARROW_PLACES`).
+    """
+    style = replace(sample_style(rng), layout="sentences", corner=False)
+    facts = [_narrow_thing(scene, thing, style, rng) for thing in scene.things]
+    facts += [_clause("background", scene, style, ()), _clause("count", scene, style, ())]
+    weights = [1.0] * len(scene.things) + [NARROW_SCENERY] * 2
+    chosen: list[str] = []
+    for _ in range(2 if rng.random() < NARROW_PAIRS else 1):
+        index = rng.choices(range(len(facts)), weights)[0]
+        chosen.append(facts[index])
+        weights[index] = 0.0
+    return " ".join(chosen)
+
+
+def _narrow_thing(scene: Scene, thing: Thing, style: Style, rng: Random) -> str:
+    kept = {"size": rng.random() < NARROW_SIZES, "place": rng.random() < NARROW_PLACES}
+    omitted = {Fact(kind, thing.place) for kind, told in kept.items() if not told}
+    return _things(replace(scene, things=(thing,)), style, omitted)
 
 
 def _mostly(rng: Random, common: str, rare: str) -> str:

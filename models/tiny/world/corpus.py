@@ -1,6 +1,6 @@
 """Folders of rendered images in the layout of a crawl: image, alt text, and the scene graph as metadata.
 
-``python -m capipe.models.tiny.world.corpus FOLDER --images 400 --split train --seed 31``
+``python -m capipe.models.tiny.world.corpus FOLDER --images 400 --split train --seed 31 --crowded 0.3``
 """
 
 from __future__ import annotations
@@ -35,9 +35,14 @@ class CorpusSample:
     scene: Scene
 
 
-def samples(count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112) -> Iterator[CorpusSample]:
-    """``count`` samples, the same ones for the same arguments; sample ``i`` does not depend on ``count``."""
-    for index, scene in enumerate(scenes(split, count, seed)):
+def samples(
+    count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112, crowded: float = 0.0
+) -> Iterator[CorpusSample]:
+    """``count`` samples, the same ones for the same arguments; sample ``i`` does not depend on ``count``.
+
+    ``crowded``: the probability of a scene with six to nine things.
+    """
+    for index, scene in enumerate(scenes(split, count, seed, crowded)):
         rng = Random(f"corpus:{split}:{seed}:{index}")
         image = encode(render(scene, rng, size), fmt)
         yield CorpusSample(f"{index:06d}", image, short_caption(scene, rng), scene)
@@ -59,11 +64,17 @@ def encode(image: Image.Image, fmt: Format) -> bytes:
 
 
 def write_corpus(
-    folder: Path, count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112
+    folder: Path,
+    count: int,
+    split: Split,
+    seed: int,
+    fmt: Format = "jpg",
+    size: int = 112,
+    crowded: float = 0.0,
 ) -> list[CorpusSample]:
     """Write ``<key>.<fmt>``, ``<key>.txt`` and ``<key>.json`` ({"scene": ...}) for each sample; returns the samples."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = list(samples(count, split, seed, fmt, size))
+    written = list(samples(count, split, seed, fmt, size, crowded))
     for sample in written:
         (folder / f"{sample.key}.{fmt}").write_bytes(sample.image)
         (folder / f"{sample.key}.txt").write_text(sample.caption, encoding="utf-8")
@@ -78,8 +89,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--split", choices=get_args(Split), default="train")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--crowded", type=float, default=0.0, help="share of scenes with six to nine things")
     options = parser.parse_args()
-    write_corpus(options.folder, options.images, options.split, options.seed)
+    if not 0 <= options.crowded <= 1:
+        parser.error(f"--crowded {options.crowded}: a share is between 0 and 1")
+    write_corpus(options.folder, options.images, options.split, options.seed, crowded=options.crowded)
     print(f"{options.images} pictures in {options.folder}")
 
 

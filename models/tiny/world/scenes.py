@@ -1,5 +1,7 @@
 """Scene graphs: one to five coloured shapes on a three by three grid, and sometimes a sign with a word.
 
+Crowded scenes have six to nine shapes; they are drawn on request only.
+
 All training and grading data of the tiny models derives from them. Equal scenes have equal signatures, and the
 signature alone decides whether a scene is in the training or the held-out split, so no scene is ever in both.
 """
@@ -26,6 +28,7 @@ PLACES = (
 )  # fmt: skip
 WORDS = ("STOP", "OPEN", "EXIT", "TAXI", "SALE", "CAFE", "BUS", "MILK", "BOOK", "ZOO", "GYM", "HELP")
 MOST_THINGS = 5
+CROWDED = (MOST_THINGS + 1, len(PLACES))  # fewest and most things of a crowded scene; the most fill every cell
 SIGN_SHARE = 0.3
 HELDOUT_SHARE = 10  # one scene in so many is held out
 
@@ -95,26 +98,35 @@ def split_of(scene: Scene) -> Split:
     return "heldout" if int(scene.signature[:8], 16) % HELDOUT_SHARE == 0 else "train"
 
 
-def sample_scene(rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE) -> Scene:
-    """A random scene of one to ``most`` things, with a sign in ``sign_share`` of the cases."""
-    count = rng.randint(1, most)
-    cells = rng.sample(range(len(PLACES)), count + 1)
+def sample_scene(rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE, least: int = 1) -> Scene:
+    """A random scene of ``least`` to ``most`` things; ``sign_share`` of those with an empty cell have a sign."""
+    count = rng.randint(least, most)
+    cells = rng.sample(range(len(PLACES)), min(count + 1, len(PLACES)))
     things = tuple(
         Thing(PLACES[cell], rng.choice(SHAPES), rng.choice(COLORS), rng.choice(SIZES)) for cell in sorted(cells[:count])
     )
-    sign = Sign(rng.choice(WORDS), PLACES[cells[count]]) if rng.random() < sign_share else None
+    signed = rng.random() < sign_share and count < len(PLACES)
+    sign = Sign(rng.choice(WORDS), PLACES[cells[count]]) if signed else None
     return Scene(rng.choice(BACKGROUNDS), things, sign)
 
 
-def sample_of(split: Split, rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE) -> Scene:
+def sample_of(
+    split: Split, rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE, least: int = 1
+) -> Scene:
     """Like :func:`sample_scene`, with rejection sampling until the scene is of ``split``."""
-    while split_of(scene := sample_scene(rng, most, sign_share)) != split:
+    while split_of(scene := sample_scene(rng, most, sign_share, least)) != split:
         pass
     return scene
 
 
-def scenes(split: Split, count: int, seed: int) -> Iterator[Scene]:
-    """``count`` scenes of ``split``, the same ones for the same seed."""
+def sample_crowded(split: Split, rng: Random, sign_share: float = SIGN_SHARE) -> Scene:
+    """A random crowded scene of ``split``."""
+    least, most = CROWDED
+    return sample_of(split, rng, most, sign_share, least)
+
+
+def scenes(split: Split, count: int, seed: int, crowded: float = 0.0) -> Iterator[Scene]:
+    """``count`` scenes of ``split``, the same ones for the same seed; each is crowded with probability ``crowded``."""
     rng = Random(f"scenes:{split}:{seed}")
     for _ in range(count):
-        yield sample_of(split, rng)
+        yield sample_crowded(split, rng) if crowded and rng.random() < crowded else sample_of(split, rng)

@@ -41,6 +41,14 @@ def test_each_sample_is_image_alt_text_and_truth(tmp_path: Path, fmt: str, kind:
         assert grade(scene, (tmp_path / f"{sample.key}.txt").read_text()).precision() == 1.0
 
 
+def test_a_share_of_crowded_scenes(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path / "mixed", 20, "train", 0, crowded=0.5)
+    counts = [len(sample.scene.things) for sample in written]
+    assert min(counts) <= 5 < max(counts)
+    for sample in written:
+        assert grade(sample.scene, sample.caption).precision() == 1.0
+
+
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match="jpg, png or webp"):
         encode(Image.new("RGB", (8, 8)), "gif")  # type: ignore[arg-type]

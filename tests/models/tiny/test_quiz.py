@@ -232,3 +232,13 @@ def test_kinds_are_asked_alike_often() -> None:
     for _ in range(1200):
         counts[sample_asked(TWINS, rng).kind] += 1
     assert all(105 < count < 195 for count in counts.values()), counts
+
+
+def test_the_number_of_things_of_a_crowded_scene_is_not_the_only_large_one() -> None:
+    rng = Random(0)
+    offered: set[str] = set()
+    for scene in scenes("train", 200, seed=0, crowded=1.0):
+        question = quiz(scene, Asked("count"), rng)
+        assert question.options[question.answer] == NUMBERS[len(scene.things)]
+        offered |= {option for place, option in enumerate(question.options) if place != question.answer}
+    assert offered == set(NUMBERS[1:])

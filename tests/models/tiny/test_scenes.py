@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from itertools import islice
 from random import Random
 
@@ -38,6 +39,21 @@ def test_sampled_scenes_cover_the_world() -> None:
     assert {len(scene.things) for scene in sampled} == {1, 2, 3, 4, 5}
     assert {thing.place for scene in sampled for thing in scene.things} == set(PLACES)
     assert 0.25 < sum(scene.sign is not None for scene in sampled) / len(sampled) < 0.35
+
+
+def test_crowded_scenes_are_drawn_on_request_alone() -> None:
+    crowded = list(scenes("heldout", 400, seed=1, crowded=1.0))
+    assert {len(scene.things) for scene in crowded} == {6, 7, 8, 9}
+    assert all(split_of(scene) == "heldout" for scene in crowded)
+    assert {scene.sign is not None for scene in crowded if len(scene.things) < 9} == {True, False}
+    assert all(scene.sign is None for scene in crowded if len(scene.things) == 9)
+    mixed = [len(scene.things) for scene in scenes("train", 1000, seed=1, crowded=0.3)]
+    assert 0.25 < sum(count > 5 for count in mixed) / 1000 < 0.35
+
+
+def test_scenes_of_a_seed_stay_what_they_were() -> None:
+    signatures = "".join(scene.signature for scene in scenes("train", 50, seed=31))
+    assert hashlib.sha256(signatures.encode()).hexdigest()[:16] == "aac9918780f66876"
 
 
 def test_no_background_is_named_like_a_color() -> None:

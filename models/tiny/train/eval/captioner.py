@@ -23,7 +23,7 @@ from ...world.grade import KINDS, Grade, grade, total
 from ...world.prompts import DENSE, PLAIN, SHORT, messages
 
 BATCH = 50
-LONGEST = 128  # new tokens; the longest captions have seventy
+LONGEST = 128  # new tokens; the longest captions of up to five things have seventy
 SEED = 1
 
 
@@ -52,16 +52,24 @@ def load(folder: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 @torch.inference_mode()
 def caption(
-    model: PreTrainedModel, processor: ProcessorMixin, pictures: Sequence[bytes], prompt: str, sample: bool = False
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pictures: Sequence[bytes],
+    prompt: str,
+    sample: bool = False,
+    longest: int = LONGEST,
 ) -> list[str]:
-    """A caption for each encoded image: greedy, or sampled at temperature 1 from the whole vocabulary."""
+    """A caption for each encoded image: greedy, or sampled at temperature 1 from the whole vocabulary.
+
+    ``longest``: new tokens; longer captions are cut off.
+    """
     text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True)
     captions: list[str] = []
     for start in range(0, len(pictures), BATCH):
         images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures[start : start + BATCH]]
         inputs = processor(text=[text] * len(images), images=images, return_tensors="pt")
         choice: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
-        out = model.generate(**inputs, max_new_tokens=LONGEST, **choice)
+        out = model.generate(**inputs, max_new_tokens=longest, **choice)
         captions += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return captions
 

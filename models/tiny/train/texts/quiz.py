@@ -195,7 +195,8 @@ def quiz(scene: Scene, asked: Asked, rng: Random) -> Question:
 
 
 def _distractors(scene: Scene, kind: str, right: str, rng: Random) -> list[str]:
-    pool = [value for value in POOLS[kind] if value != right]
+    crowd = kind == "count" and right not in COUNTS
+    pool = [value for value in (NUMBERS[1:] if crowd else POOLS[kind]) if value != right]
     count = min(rng.choice(OPTION_COUNTS) - 1, len(pool))
     places = [scene.sign.place] if scene.sign else []
     seen = {
