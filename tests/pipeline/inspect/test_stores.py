@@ -117,7 +117,7 @@ def test_a_selection_reads_scores_once_to_plan_and_once_to_write(store: StorePro
     store.requests.clear()
     plan = plan_select(scores, f"{url}/shards", f"{url}/again", SelectConfig(keep="clip_score > -1", shard_size=4))
     for task in plan.todo:
-        write_group(task, plan.selection.rule, plan.artifact)
+        write_group(task, plan.selection.rule, plan.sources, plan.artifact)
     plan.artifact.close()
     assert len(plan.todo) == 2 and verify(f"{url}/again").faults == []
     # The first one also says whether it fits the shards, and which captions are to be written.
