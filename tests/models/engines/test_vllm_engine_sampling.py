@@ -60,12 +60,12 @@ async def test_log_probabilities_are_among_the_ids_that_are_sampled(monkeypatch:
         asked.append(params)
         listed = [3, *(params.logprob_token_ids or [])]
         step = {token: SimpleNamespace(logprob=math.log(shares[token])) for token in listed}
-        return SimpleNamespace(token_ids=[3, 3], logprobs=[step, step], finish_reason="length")
+        return SimpleNamespace(token_ids=[3, 3], logprobs=[step, step], finish_reason="length"), (5, 0)
 
     monkeypatch.setattr(engine, "_run", run)
     request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True, tempered=True)
     drawn = await engine.generate(request)
-    assert drawn.logprobs == pytest.approx([math.log(0.3 / 0.6)] * 2)
+    assert drawn.logprobs == pytest.approx([math.log(0.3 / 0.6)] * 2) and drawn.prompt_tokens == 5
     assert asked[0].logprob_token_ids == [IMAGE, IMAGE + 1] and asked[0].logprobs is None
     greedy = await engine.generate(GenerationRequest(Prompt("Describe."), logprobs=True))  # vLLM's own: bars nothing
     assert greedy.logprobs == pytest.approx([math.log(0.3)] * 2) and asked[1].logprob_token_ids is None
