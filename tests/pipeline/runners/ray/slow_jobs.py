@@ -20,7 +20,8 @@ from capipe.pipeline.runners.worker import Processor, Stage
 from capipe.stages.dedup.embeddings import cells
 from capipe.stages.dedup.near import table_search
 
-SECONDS = 0.7
+SECONDS = 0.7  # of a task
+CALL_SECONDS = 1.5  # of a call of a model, so that a loss is noticed before the others have done the rest
 AS_OF = 30_000  # hashes: the number of tables is chosen for so many
 PAIRS = 300  # of embeddings per task
 
@@ -46,7 +47,7 @@ class SlowProcessor:
         return getattr(self._processor, name)
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(CALL_SECONDS)
         return await self._processor.process(rows)
 
 
