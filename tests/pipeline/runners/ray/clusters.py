@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+SLOW = [sys.executable, "-c", "from tests.pipeline.runners.ray import slow_jobs; slow_jobs.main()"]
 STORE = 80 * 2**20
 
 

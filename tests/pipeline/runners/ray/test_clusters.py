@@ -20,8 +20,9 @@ from capipe.pipeline.runners.ray import actor
 from capipe.pipeline.runners.ray.actor import DriverContext, RayWorker
 
 from ...conftest import COMMAND, CaptionServer, capipe, one_line, table
+from ...leftovers import staged_environment
 from ...sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
-from .clusters import three_machines
+from .clusters import SLOW, three_machines
 
 SLOWLY = [*CAPTIONS, "--prompt", "dense", "--max-tokens", "160", "--concurrency", "4"]  # there is a middle to it
 
@@ -68,7 +69,8 @@ def test_without_ray_a_line_says_how_to_get_it(shards: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("PYTHONPATH", staged_environment()["PYTHONPATH"])  # of the cluster's workers
     yield from three_machines()
 
 
@@ -81,7 +83,7 @@ def alone(shards: Path) -> Path:
 
 
 def start(cluster: Any, *parts: object) -> subprocess.Popen[str]:
-    command = words(*parts, "--runner", "ray", "--ray-address", cluster.address)
+    command = [*SLOW, *map(str, parts), "--runner", "ray", "--ray-address", cluster.address]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -132,8 +134,7 @@ def test_a_machine_is_lost_while_scoring(cluster: Any, shards: Path, alone: Path
 
 
 def asking(shards: Path) -> list[object]:
-    """A quiz about the first half of the pictures."""
-    about = ["qa", "--shards", f"{shards}/{{00000..00003}}.tar", "--model", "tiny/teacher", "--engine", "transformers"]
+    about = ["qa", "--shards", shards, "--model", "tiny/teacher", "--engine", "transformers"]
     return [*about, "--decode-workers", 1, "--per-image", 2, "--presentations", 1]
 
 
@@ -155,9 +156,8 @@ def test_a_machine_is_lost_while_writing_a_quiz(cluster: Any, shards: Path, quiz
 
 @pytest.mark.slow
 def test_a_machine_is_lost_while_grading(cluster: Any, shards: Path, alone: Path, quiz: Path, tmp_path: Path) -> None:
-    command: list[object] = ["eval", "--shards", f"{shards}/{{00000..00003}}.tar", "--questions", quiz]
+    command: list[object] = ["eval", "--shards", shards, "--questions", quiz]
     command += ["--captions", alone, "--reader", "tiny/holdout-reader", "--engine", "transformers"]
-    command += ["--presentations", 8, "--concurrency", 1]  # long enough that a worker is lost in the middle of it
     capipe(*command, "--out", tmp_path / "alone")
     with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/graded")
     same_shards(tmp_path / "out/graded", tmp_path / "alone/graded")

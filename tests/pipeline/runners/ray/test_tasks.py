@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from capipe.models.tiny.world.corpus import write_corpus
 from ...conftest import capipe
 from ...leftovers import staged_environment
 from ...sharing import lines, same_shards, wait_until
-from .clusters import three_machines
+from .clusters import SLOW, three_machines
 
 ROOT = Path(__file__).parents[4]
 IMAGES = 48
-SLOW = [sys.executable, "-c", "from tests.pipeline.runners.ray import slow_tasks; slow_tasks.main()"]
 
 
 @pytest.fixture(scope="module")
