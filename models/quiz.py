@@ -234,25 +234,9 @@ def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
     """The JSON schema of the answer to :func:`writing_prompt`, as text, for guided decoding."""
     text = {"type": "string", "minLength": 1, "maxLength": 300}
     options = {"type": "array", "items": text, "minItems": FEWEST_OPTIONS, "maxItems": MOST_WRITTEN}
-    question: dict[str, Any] = {
-        "type": "object",
-        "properties": {
-            "kind": {"type": "string", "enum": list(kinds)},
-            "question": text,
-            "options": options,
-            "answer": text,
-        },
-        "required": ["kind", "question", "options", "answer"],
-        "additionalProperties": False,
-    }
-    questions = {"type": "array", "items": question, "minItems": 1, "maxItems": count}
-    schema = {
-        "type": "object",
-        "properties": {"questions": questions},
-        "required": ["questions"],
-        "additionalProperties": False,
-    }
-    return json.dumps(schema)
+    kind = {"type": "string", "enum": list(kinds)}
+    question = _object(kind=kind, question=text, options=options, answer=text)
+    return json.dumps(_object(questions={"type": "array", "items": question, "minItems": 1, "maxItems": count}))
 
 
 def absent_prompt(count: int) -> str:
@@ -264,14 +248,12 @@ def absent_prompt(count: int) -> str:
 def absent_schema(count: int) -> str:
     """The JSON schema of the answer to :func:`absent_prompt`, as text, for guided decoding."""
     text = {"type": "string", "minLength": 1, "maxLength": 60}
-    things = {"type": "array", "items": text, "minItems": 1, "maxItems": count}
-    schema = {
-        "type": "object",
-        "properties": {"things": things},
-        "required": ["things"],
-        "additionalProperties": False,
-    }
-    return json.dumps(schema)
+    return json.dumps(_object(things={"type": "array", "items": text, "minItems": 1, "maxItems": count}))
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with these properties and no others."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
 def plain(text: str) -> str:
