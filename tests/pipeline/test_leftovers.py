@@ -66,7 +66,7 @@ def at_work(run: Watched, trace: Path, rows: int = 40) -> None:
 def test_the_command_alone_is_killed_at_work(annotating: Run, tmp_path: Path) -> None:
     run = annotating()
     at_work(run, tmp_path / "trace")
-    assert any(map(is_engine, run.members()))
+    run.wait_for(is_engine)
     run.process.kill()
     print(f"gone after {run.gone():.2f} s")
 
@@ -166,6 +166,7 @@ def test_a_command_with_a_cluster_of_its_own_is_killed(annotating: Run, tmp_path
     """The actors and the engines they started; Ray's own agents look after their raylet every now and then."""
     run = annotating("--runner", "ray", "--ray-address", "local")
     at_work(run, tmp_path / "trace")
-    assert any(map(is_engine, run.members())) and any("raylet" in each.name for each in run.members())
+    run.wait_for(is_engine)
+    run.wait_for(lambda each: "raylet" in each.name)
     run.process.kill()
     print(f"gone after {run.gone(rays=RAYS_SECONDS):.2f} s")
