@@ -104,7 +104,13 @@ def is_rays(member: Member) -> bool:
 
 
 def is_engine(member: Member) -> bool:
+    """Whether it is one of vLLM's processes that has its name, which they get once they have imported vLLM."""
     return member.name.startswith("VLLM")
+
+
+def is_spawned(member: Member) -> bool:
+    """Whether it is one of vLLM's processes, with its name or as it was spawned."""
+    return is_engine(member) or "spawn_main" in member.command
 
 
 def is_worker(member: Member) -> bool:

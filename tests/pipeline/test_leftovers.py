@@ -15,7 +15,7 @@ from capipe.models.tiny.world.corpus import write_corpus
 
 from .chains import written
 from .conftest import COMMAND, capipe, table
-from .leftovers import Watched, is_engine, is_worker, lines, staged
+from .leftovers import Watched, is_engine, is_spawned, is_worker, lines, staged
 
 IMAGES = 120
 RAYS_SECONDS = 120.0  # Ray's agents notice the end of their raylet late
@@ -66,7 +66,7 @@ def at_work(run: Watched, trace: Path, rows: int = 40) -> None:
 def test_the_command_alone_is_killed_at_work(annotating: Run, tmp_path: Path) -> None:
     run = annotating()
     at_work(run, tmp_path / "trace")
-    run.wait_for(is_engine)
+    run.wait_for(is_spawned)
     run.process.kill()
     print(f"gone after {run.gone():.2f} s")
 
@@ -77,7 +77,7 @@ def test_the_command_alone_is_killed_while_the_engine_starts(annotating: Run) ->
     for pause in (0.0, 2.0, None):
         run = annotating()
         worker = run.wait_for(is_worker)
-        run.wait_for(lambda each, boss=worker.pid: each.parent == boss and "spawn_main" in each.command)
+        run.wait_for(lambda each, boss=worker.pid: each.parent == boss and is_spawned(each))
         if pause is None:
             run.wait_for(is_engine)
         else:
@@ -166,7 +166,7 @@ def test_a_command_with_a_cluster_of_its_own_is_killed(annotating: Run, tmp_path
     """The actors and the engines they started; Ray's own agents look after their raylet every now and then."""
     run = annotating("--runner", "ray", "--ray-address", "local")
     at_work(run, tmp_path / "trace")
-    run.wait_for(is_engine)
+    run.wait_for(is_spawned)
     run.wait_for(lambda each: "raylet" in each.name)
     run.process.kill()
     print(f"gone after {run.gone(rays=RAYS_SECONDS):.2f} s")
