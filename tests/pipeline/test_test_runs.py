@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("tests/trainer/test_metrics.py", "tests/manifests/files/test_names.py")
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_file_share_a_process() -> None:
     """A plugin's grouping can stop working without a word; then every file's fixtures are made twice."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -41,6 +41,7 @@ def quick(server: CaptionServer) -> list[object]:
     return ["--engine", server.url, "--model", "m", "--decode-workers", "1", "--concurrency", "2"]
 
 
+@pytest.mark.slow
 def test_a_store_that_resets_every_connection(
     store: StoreProxy, shards: str, photos: Path, s3: str, tmp_path: Path, server: CaptionServer
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_store_that_resets_every_connection(
     assert server.requests == 6 and verify(out).faults == []
 
 
+@pytest.mark.slow
 def test_it_begins_to_reset_in_the_middle(
     store: StoreProxy, shards: str, s3: str, tmp_path: Path, server: CaptionServer
 ) -> None:
@@ -88,7 +90,7 @@ def test_a_store_that_throttles(
     assert not list(Folder(root).fs.unfinished_uploads(Folder(root).path))
 
 
-@pytest.mark.parametrize("stage", ["ingest", "annotate", "export"])
+@pytest.mark.parametrize("stage", ["ingest", "annotate", pytest.param("export", marks=pytest.mark.slow)])
 def test_an_object_that_may_not_be_written_ends_the_run(
     store: StoreProxy, shards: str, photos: Path, s3: str, tmp_path: Path, server: CaptionServer, stage: str
 ) -> None:

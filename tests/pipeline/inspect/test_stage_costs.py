@@ -61,6 +61,7 @@ def pictures(folder: Path) -> Path:
     return folder / "shards"
 
 
+@pytest.mark.slow
 def test_each_stage_s_columns_sum_up_to_what_the_server_counted(tmp_path: Path) -> None:
     """captions, screened questions, yes-or-no answers, grades also in words, checked sentences: five stages."""
     shards, server = ("--shards", pictures(tmp_path)), Billing()

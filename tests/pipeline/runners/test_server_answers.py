@@ -118,6 +118,7 @@ def test_what_every_request_is_refused_for_ends_the_run_early(
     assert 50 <= len(double.bodies) <= 60 and not list((tmp_path / "out").glob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_server_that_loads_for_a_while_is_waited_for(
     tmp_path: Path, images: Callable[[list[str]], dict[str, str]]
 ) -> None:

@@ -119,6 +119,7 @@ def test_killed_at_any_step(foreign: Path, tmp_path: Path, more: list[str], stri
         assert contents(folder / "shards") == contents(tmp_path / "alone/shards") and is_clean(folder / "shards", gone)
 
 
+@pytest.mark.slow
 def test_the_whole_command(foreign: Path, tmp_path: Path) -> None:
     """Scores by a model and the selection, made before and after; the scores of other rows are not made again."""
     out, uids = tmp_path / "out", uids_of(foreign)
